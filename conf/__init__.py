@@ -1,0 +1,1 @@
+"""Hydra configurations of the recipes, importable as `pkg://lightning_easyscale.conf`."""

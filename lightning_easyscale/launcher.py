@@ -1,0 +1,97 @@
+"""Starts the executors and runs every trainer call in their ESTs.
+
+One process per device. In a plain script the user's process is executor 0 and runs the script again for the others, as
+stock DDP does; ``start_method="spawn"`` or ``"fork"`` (notebooks) starts them from the trainer call instead; under
+torchrun, Slurm or another launcher the processes are there already. Each executor starts with the environment that its
+device type needs (`devices.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import _lightning as pl
+from .environment import apply_environment, environment_in_force
+from .topology import EXECUTOR_VARIABLE
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from .strategy import EasyScaleStrategy
+
+
+class EasyScaleLauncher(pl.SubprocessScriptLauncher):
+    """Runs the script once per executor, or finds the executors started."""
+
+    def __init__(self, strategy: EasyScaleStrategy) -> None:
+        environment = strategy.virtual_environment
+        super().__init__(environment, strategy.placement.num_executors, 1)
+        self.strategy = strategy
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
+        if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
+            self._start_executors()
+        return self.strategy.run(trainer, function, args, kwargs)
+
+    def _start_executors(self) -> None:
+        environment = self.strategy.virtual_environment
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        for executor in self.strategy.topology.local_executors[1:]:
+            lead = self.strategy.placement.ranges[executor][0]
+            variables = {
+                **self.strategy.type_environments[executor],
+                EXECUTOR_VARIABLE: str(executor),
+                "NODE_RANK": str(environment.node_rank()),
+                "LOCAL_RANK": str(lead - self.strategy.topology.first_rank_of_host),
+                "WORLD_SIZE": str(self.strategy.placement.num_ests),
+            }
+            command, cwd = pl.rerun_command(executor)
+            self.procs.append(subprocess.Popen(command, env=apply_environment(variables), cwd=cwd))
+        if self.procs:
+            pl.launch_process_observer(self.procs)
+
+
+class EasyScaleSpawnLauncher(pl.MultiProcessingLauncher):
+    """Starts the executors from the trainer call; executor 0 sends the lead EST's results back.
+
+    The calling process is not an executor. Fork and spawn hand its environment on as it is, so all executors must be
+    able to run in that.
+    """
+
+    def __init__(self, strategy: EasyScaleStrategy, start_method: Any) -> None:
+        super().__init__(strategy, start_method=start_method)
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Run `function` on every EST of new processes.
+
+        Raises:
+            RuntimeError: if an executor needs another environment than this process has.
+        """
+        strategy: Any = self._strategy
+        for executor, environment in strategy.type_environments.items():
+            if not environment_in_force(environment):
+                settings = " ".join(f"{key}={value}" for key, value in environment.items()) or "no such variables"
+                raise RuntimeError(
+                    f"executor {executor} must start with `{settings}` for its device type, which"
+                    f" `start_method={self._start_method!r}` cannot give it. HINT: run a script with"
+                    " `start_method='popen'`, or start this process with these variables and use one device type."
+                )
+        os.environ.setdefault("MASTER_ADDR", strategy.virtual_environment.main_address)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
+
+    def _wrapping_function(
+        self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *rest: Any
+    ) -> None:
+        strategy: Any = self._strategy
+        os.environ[EXECUTOR_VARIABLE] = str(strategy.topology.local_executors[process_idx])
+        strategy.set_world_ranks()
+
+        def on_every_est(*inner: Any, **inner_kwargs: Any) -> Any:
+            return strategy.run(trainer, function, inner, inner_kwargs)
+
+        super()._wrapping_function(process_idx, trainer, on_every_est, args, kwargs, *rest)

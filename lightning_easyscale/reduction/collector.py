@@ -1,0 +1,281 @@
+"""The module wrapper of one EST under the `tree` order: DistributedDataParallel's contract without its Reducer.
+
+It mirrors what `DistributedDataParallel` does for a training loop: synchronise buffers before forward, collect the
+gradients of the backward that follows a forward outside `no_sync`, and leave every parameter with the average. A
+gradient goes to the executor's `GradientReduce` the moment it is final, which folds and frees it. Invariants, each as
+in stock DDP (torch 2.13): hooks count only between a synchronising forward and the end of its reduction; a parameter
+counts once; without a search for unused ones the reduction ends when all are there, be it over several backwards, and
+the next forward refuses to start before; with it, the reduction ends with the backward, locally unused parameters count
+as zero (or as what they accumulated), globally unused ones keep `.grad` as it is.
+
+What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs to a device and
+`join` are not done here: ESTs share parameters, and Lightning moves batches.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.function import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from .gradients import GradientReduce
+
+SyncBuffers = Callable[[list[Tensor]], None]
+
+
+class ESTDataParallel(nn.Module):
+    """Wraps the module of one EST, like `DistributedDataParallel` wraps that of one rank.
+
+    Args:
+        module: the EST's module; at least one parameter requires a gradient.
+        rank: the EST's rank.
+        n: number of ESTs of the job.
+        reduce: the executor's gradient reduction.
+        find_unused_parameters: DDP's argument.
+        static_graph: DDP's argument; the parameters used in the first iteration are used in all.
+        gradient_as_bucket_view: DDP's argument; accepted because it changes no bits under a communication order:
+            gradients are views of flat buffers after a reduction either way.
+        broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
+        sync_buffers: gives the listed buffers the values of EST 0, in place.
+
+    Raises:
+        ValueError: if `n` differs from the reduction's, or an embedding produces sparse gradients.
+        RuntimeError: if no parameter requires a gradient.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        rank: int,
+        n: int,
+        reduce: GradientReduce,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        broadcast_buffers: bool = True,
+        sync_buffers: SyncBuffers | None = None,
+    ) -> None:
+        super().__init__()
+        if n != reduce.n:
+            raise ValueError(f"`n={n}` differs from the {reduce.n} ESTs of `reduce`. HINT: pass `n=reduce.n`.")
+        self.module = module
+        self.rank = rank
+        self.n = n
+        self.find_unused_parameters = find_unused_parameters
+        self.static_graph = static_graph
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.broadcast_buffers = broadcast_buffers
+        self.require_backward_grad_sync = True
+        self.require_forward_param_sync = True
+        self._sync_buffers_from_est_0 = sync_buffers
+        self._ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        self._reduce = reduce
+        self._names, self._parameters_in_order = self._collect_parameters()
+        reduce.register(rank, self._parameters_in_order)
+        total = len(self._parameters_in_order)
+        self._expecting = False
+        self._armed = False
+        self._ready: set[int] = set()
+        self._used = [False] * total
+        self._passes: list[int] | None = None
+        self._passes_left = [0] * total
+        handles = [
+            p.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), i))
+            for i, p in enumerate(self._parameters_in_order)
+        ]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the module; outside `no_sync` and with gradients enabled, the next backward is reduced."""
+        if torch.is_grad_enabled():
+            self._refuse_unfinished()
+            self._reduce.privatize(self.rank)
+        if self.require_forward_param_sync and self.broadcast_buffers:
+            self._sync_buffers()
+        output = self.module(*inputs, **kwargs)
+        # Read after the module ran: Lightning switches synchronisation off inside forward for manual optimization.
+        if torch.is_grad_enabled() and self.require_backward_grad_sync:
+            self.require_forward_param_sync = True
+            self._expecting = True
+            if self._first_static_iteration:
+                output = self._through_sink(output)
+        else:
+            self.require_forward_param_sync = False
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients locally in the forwards and backwards inside."""
+        before = self.require_backward_grad_sync
+        self.require_backward_grad_sync = False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    def prepare_for_backward(self) -> None:
+        """Reduce the next backward although no forward of this wrapper precedes it (manual optimization)."""
+        if torch.is_grad_enabled() and self.require_backward_grad_sync:
+            self.require_forward_param_sync = True
+            self._refuse_unfinished()
+            self._reduce.privatize(self.rank)
+            self._expecting = True
+
+    def remove_hooks(self) -> None:
+        """Stop collecting; also done when the wrapper is dropped."""
+        self._finalizer()
+
+    @property
+    def _first_static_iteration(self) -> bool:
+        return self.static_graph and self._passes is None
+
+    def _collect_parameters(self) -> tuple[list[str], list[nn.Parameter]]:
+        found: dict[nn.Parameter, str] = {}
+        for prefix, module in self.module.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad or f"{prefix}.{name}" in self._ignored or parameter in found:
+                    continue
+                path = f"{prefix}.{name}" if prefix else name
+                if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                    raise ValueError(
+                        f"`{path}` produces sparse gradients, which have no placement-independent order of addition."
+                        " HINT: build the embedding with `sparse=False`."
+                    )
+                found[parameter] = path
+        if not found:
+            raise RuntimeError(
+                "`module` has no parameter that requires a gradient, so there is nothing to reduce."
+                " HINT: unfreeze a parameter or train without a data-parallel strategy."
+            )
+        return list(found.values()), list(found)
+
+    def _sync_buffers(self) -> None:
+        buffers = [buffer for name, buffer in self.module.named_buffers() if name not in self._ignored]
+        if buffers and self._sync_buffers_from_est_0 is not None:
+            # A graph that saved a buffer before this stays valid, as under DDP.
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
+                self._sync_buffers_from_est_0(buffers)
+
+    def _refuse_unfinished(self) -> None:
+        if not self._ready:
+            return
+        missing = [name for i, name in enumerate(self._names) if i not in self._ready]
+        raise RuntimeError(
+            f"Expected to have finished reduction in the prior iteration before starting a new one: on EST {self.rank}"
+            f" no gradient reached {missing}. HINT: let every parameter and every output of `forward` take part in the"
+            " loss, or set `find_unused_parameters=True`."
+        )
+
+    def _gradient_ready(self, index: int) -> None:
+        grad = self._parameters_in_order[index].grad
+        if grad is not None and grad.layout != torch.strided:
+            raise ValueError(
+                f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
+                " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
+            )
+        # Kept through `no_sync`, as DDP does: used once in an accumulation is used.
+        self._used[index] = True
+        if not self._expecting:
+            return
+        if self._first_static_iteration:
+            self._passes_left[index] -= 1
+            self._arm()
+            return
+        if self._passes is not None:
+            self._passes_left[index] -= 1
+            if self._passes_left[index] < 0 and self._passes[index] == 0:
+                raise RuntimeError(
+                    f"`static_graph=True`, but `{self._names[index]}` was unused in the first iteration and is used"
+                    f" now on EST {self.rank}. HINT: set `static_graph=False, find_unused_parameters=True`."
+                )
+            if self._passes_left[index] > 0:
+                return
+        if index in self._ready:
+            raise RuntimeError(
+                f"Expected to mark a variable ready only once: the gradient of `{self._names[index]}` came twice in"
+                f" one iteration of EST {self.rank}. HINT: use parameters inside `forward` only, run one backward per"
+                " forward, and checkpoint activations with `use_reentrant=False`, or set `static_graph=True`."
+            )
+        self._deposit(index, used=True)
+        if self._searches or len(self._ready) == self._awaited:
+            self._arm()
+
+    @property
+    def _searches(self) -> bool:
+        return self.find_unused_parameters and not self.static_graph
+
+    @property
+    def _awaited(self) -> int:
+        return len(self._names) if self._passes is None else sum(count > 0 for count in self._passes)
+
+    def _deposit(self, index: int, *, used: bool) -> None:
+        self._ready.add(index)
+        self._reduce.deposit(self.rank, index, used=used)
+
+    def _arm(self) -> None:
+        if not self._armed:
+            self._armed = True
+            Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        self._armed = False
+        if not self._expecting:
+            return
+        reports = self._searches or self._first_static_iteration
+        for index in range(len(self._names)):
+            if index not in self._ready:
+                self._deposit(index, used=self._used[index] and reports)
+        if self._first_static_iteration:
+            self._passes = [-left for left in self._passes_left]
+        if self._passes is not None:
+            self._passes_left = list(self._passes)
+        used, self._used = self._used, [False] * len(self._names)
+        self._expecting = False
+        self._ready.clear()
+        self._reduce.finish(self.rank, used if reports else None)
+
+    def _through_sink(self, output: Any) -> Any:
+        """Let the end of the outer backward be noticed even where checkpointing runs a backward inside it."""
+        leaves, spec = tree_flatten(output)
+        wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        for i, leaf in zip(wanted, _Sink.apply(weakref.ref(self), *(leaves[i] for i in wanted)), strict=True):
+            leaves[i] = leaf
+        return tree_unflatten(leaves, spec)
+
+
+class _Sink(Function):
+    """Identity whose backward, which runs first, asks for a call at the end of that backward."""
+
+    @staticmethod
+    def forward(ctx: Any, wrapper: weakref.ref[ESTDataParallel], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.wrapper = wrapper
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wrapper = ctx.wrapper()
+        if wrapper is not None and wrapper._expecting:
+            wrapper._arm()
+        return (None, *grads)
+
+
+def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, _: Tensor) -> None:
+    owner = wrapper()
+    if owner is not None:
+        owner._gradient_ready(index)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,314 @@
+"""Reduction of one flat gradient bucket over all ESTs, wherever they run.
+
+Every executor calls `start` with its own ESTs' flats, for the same buckets in the same order on all executors, and
+`wait` later. Inputs were already multiplied by 1/N and belong to the reduction from `start` on. Invariant of
+`RingReduction` and `TreeReduction`: the result is `ring_fold` or `tree_fold` of all N flats, bit for bit, for every
+placement. `NativeReduction` (level D0) promises only what the backend promises.
+
+Bytes sent for a bucket of T bytes. In the ring order chunk c is a chain ``c-1, c-2, ..., c`` of ranks, and a run of
+ranks can be folded ahead of the others only where it *starts* the chain; a run in the middle needs the partial sum
+that comes before it. So the partial sums travel, not the gradients: the executors form the descending ring that gloo's
+ranks would form, each adds the whole run of its ESTs to the chunks that pass by, and a chunk whose chain started in
+the middle of an executor's range comes back to it for the rest. An executor sends less than T for the fold
+(``(P-1)/P * T`` when every executor hosts one EST, like a ring all-reduce) and less than T for the gathering, whatever
+the number of its ESTs. In the tree order every executor sends its aligned blocks, ``(P-1)/P * T`` for each.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..placement import Placement
+from .lane import Lane, Pending, Running
+from .orders import check_parts, ring_chunks, ring_fold
+from .tree import Block, TreeFold, blocks_of, combine
+from .wire import Wire, backend_name
+
+
+class Reduction(Protocol):
+    """What the collection of gradients needs to know of a reduction."""
+
+    def start(self, index: int, local: list[Tensor]) -> Pending:
+        """Begin to reduce bucket `index`.
+
+        Args:
+            index: the bucket, for messages; buckets start in the same order on all executors.
+            local: one flat tensor per EST of this executor, in rank order, multiplied by 1/N. They may wait in host
+                memory as long as the last one is on the device. Their memory is overwritten; the result usually lies
+                in that of ``local[0]``.
+
+        Returns:
+            The pending result, on the device of ``local[-1]``.
+
+        Raises:
+            ValueError: if their number, type or length is wrong or one is sparse.
+        """
+
+    def share(self, flags: Tensor) -> Pending:
+        """Element-wise maximum of a small tensor over all executors, in line with the buckets."""
+
+    def close(self) -> None:
+        """End the communication thread; a later `start` begins a new one."""
+
+
+class _Exchange:
+    """What the three reductions have in common: checks, the lane, the wire."""
+
+    def __init__(self, placement: Placement, executor: int, group: dist.ProcessGroup | None, n: int) -> None:
+        if placement.num_ests != n:
+            raise ValueError(
+                f"`n={n}` does not match a placement of {placement.num_ests} ESTs. HINT: pass `n=placement.num_ests`."
+            )
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        if size != placement.num_executors or rank != executor:
+            raise ValueError(
+                f"`executor={executor}` of {placement.num_executors} does not match rank {rank} of {size} in `group`."
+                " HINT: pass the group of all executors, in executor order."
+            )
+        self.placement = placement
+        self.executor = executor
+        self.ests = placement.ranges[executor]
+        self.n = n
+        self.group = group
+        self._wire = Wire(group) if group is not None and size > 1 else None
+        self._lane = Lane(None if self._wire is None else group)
+        self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def share(self, flags: Tensor) -> Pending:
+        """See `Reduction.share`."""
+        wire = self._wire
+
+        def job() -> Tensor:
+            if wire is None:
+                return flags
+            everyone = flags.new_empty(wire.size, *flags.shape)
+            everyone[wire.rank] = flags
+            one = flags.numel()
+            wire.gather_slices(everyone.view(-1), [slice(e * one, (e + 1) * one) for e in range(wire.size)])
+            return everyone.amax(0)
+
+        return self._lane.submit(job, flags.device)
+
+    def close(self) -> None:
+        """See `Reduction.close`."""
+        self._lane.close()
+
+    def _check(self, index: int, local: list[Tensor]) -> None:
+        if len(local) != len(self.ests):
+            raise ValueError(
+                f"`local` of bucket {index} holds {len(local)} tensors, but this executor hosts {len(self.ests)} ESTs."
+                " HINT: pass one flat tensor per local EST, in rank order."
+            )
+        check_parts(local)
+
+    def _one_est_each(self) -> bool:
+        return self._wire is not None and self.placement.num_executors == self.n
+
+    def _buffer(self, numel: int, like: Tensor, *, turn: int = 0) -> Tensor:
+        """A receive buffer, kept for later buckets: jobs of a lane run one at a time."""
+        key = (like.device, like.dtype, turn)
+        if key not in self._scratch or self._scratch[key].numel() < numel:
+            self._scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self._scratch[key][:numel]
+
+
+class RingReduction(_Exchange):
+    """The `ddp` order: gloo's ring all-reduce over N processes, replayed on P executors.
+
+    Args:
+        placement: which executor hosts which ESTs.
+        executor: this executor.
+        group: process group of all executors; None for one executor.
+        n: number of ESTs.
+
+    Raises:
+        ValueError: if the arguments contradict each other.
+    """
+
+    def start(self, index: int, local: list[Tensor]) -> Pending:
+        """See `Reduction.start`."""
+        self._check(index, local)
+        device, wire = local[-1].device, self._wire
+        if wire is None:
+            return self._lane.submit(lambda: ring_fold(local, consume=True), device)
+        if self._one_est_each() and (self.n == 2 or backend_name(wire.group, device) == "gloo"):
+            # Among single ESTs gloo's own all-reduce is the order; for two of them any is, since addition commutes.
+            return Running(wire.all_reduce(local[0]), local[0])
+        return self._lane.submit(lambda: self._ring(wire, local), device)
+
+    def _ring(self, wire: Wire, local: list[Tensor]) -> Tensor:
+        last, bottom = local[-1], self.ests.start
+        offloaded = any(part.device != last.device for part in local)
+        chunks = ring_chunks(last.numel() * last.element_size(), last.element_size(), self.n)
+        # The chains of chunks a+1..b start on the executor of ranks a..b-1. All but the last come back to it.
+        started = [[(rank + 1) % self.n for rank in ests] for ests in self.placement]
+        own = started[self.executor]
+        held = _join([_descend(None, local[: c - bottom if c else None], chunks[c], last.device) for c in own])
+        for hop in range(1, wire.size):
+            spans = _spans(chunks, started[(self.executor + hop) % wire.size])
+            arrived = self._pass_on(wire, held, spans, hop, offloaded)
+            held = _join(
+                [_descend(piece, local, span, last.device) for piece, span in zip(arrived, spans, strict=True)]
+            )
+        # What is held now started one executor below; the last of it is chunk `bottom`, with every rank added.
+        whole = _length(chunks[bottom])
+        going, final = held.split([held.numel() - whole, whole])
+        back = own[:-1]
+        arrived = self._pass_on(wire, going, [chunks[c] for c in back], wire.size, offloaded)
+        out = torch.empty_like(last) if offloaded else local[0]
+        _place(final, out[chunks[bottom]])
+        for c, piece in zip(back, arrived, strict=True):
+            _place(_descend(piece, local[c - bottom :], chunks[c], last.device), out[chunks[c]])
+        wire.gather_slices(out, [slice(chunks[e.start].start, chunks[e.stop - 1].stop) for e in self.placement])
+        return out
+
+    def _pass_on(self, wire: Wire, held: Tensor, spans: list[slice], hop: int, offloaded: bool) -> list[Tensor]:
+        """Send `held` down the ring; what arrives from above, split by `spans`."""
+        sizes = [_length(span) for span in spans]
+        # Two buffers take turns where partial sums are built, and sent on, where they arrived: beside offloaded parts.
+        arrived = self._buffer(sum(sizes), held, turn=hop % 2 if offloaded else 0)
+        wire.shift(arrived, held)
+        return list(arrived.split(sizes)) if sizes else []
+
+
+class TreeReduction(_Exchange):
+    """The `tree` order: aligned partial sums are scattered, folded in order and gathered.
+
+    Args:
+        placement: which executor hosts which ESTs.
+        executor: this executor.
+        group: process group of all executors; None for one executor.
+        n: number of ESTs.
+
+    Raises:
+        ValueError: if the arguments contradict each other.
+    """
+
+    def start(self, index: int, local: list[Tensor]) -> Pending:
+        """See `Reduction.start`."""
+        self._check(index, local)
+        fold = TreeFold(self.ests, self.n)
+        for rank, flat in zip(self.ests, local, strict=True):
+            fold.push(rank, flat.to(local[-1].device, non_blocking=True))
+        return self.start_blocks(index, fold.partials())
+
+    def start_blocks(self, index: int, blocks: list[Block]) -> Pending:
+        """Begin to reduce bucket `index` from this executor's partial sums.
+
+        Args:
+            index: the bucket; see `Reduction.start`.
+            blocks: what `TreeFold.partials` returned; their memory is overwritten and the result lies in that of the
+                first.
+
+        Raises:
+            ValueError: if they are not the blocks of this executor's ESTs.
+        """
+        if [(block.start, block.size) for block in blocks] != blocks_of(self.ests):
+            raise ValueError(
+                f"`blocks` of bucket {index} are not the partial sums of ESTs {self.ests}."
+                " HINT: pass what `TreeFold.partials()` returned for this executor's range."
+            )
+        device, wire = blocks[0].total.device, self._wire
+        if wire is None:
+            return self._lane.submit(lambda: combine(blocks), device)
+        if self.n == 2:
+            return Running(wire.all_reduce(blocks[0].total), blocks[0].total)
+        return self._lane.submit(lambda: self._scatter_fold_gather(wire, blocks), device)
+
+    def _scatter_fold_gather(self, wire: Wire, blocks: list[Block]) -> Tensor:
+        flat = blocks[0].total
+        share = -(-flat.numel() // wire.size)
+        slices = [slice(min(e * share, flat.numel()), min((e + 1) * share, flat.numel())) for e in range(wire.size)]
+        lengths = [_length(piece) for piece in slices]
+        mine = lengths[wire.rank]
+        everyone = [blocks_of(ests) for ests in self.placement]
+        arrived = self._buffer(mine * sum(len(theirs) for theirs in everyone), flat)
+        pieces: list[Block] = []
+        offset = 0
+        # One exchange per block and no packing: the slices of a block lie in executor order already.
+        for i in range(max(len(theirs) for theirs in everyone)):
+            senders = [e for e, theirs in enumerate(everyone) if i < len(theirs)]
+            out = arrived[offset : offset + mine * len(senders)]
+            offset += out.numel()
+            source, sizes = (blocks[i].total, lengths) if i < len(blocks) else (flat[:0], [0] * wire.size)
+            wire.exchange(out, [mine if e in senders else 0 for e in range(wire.size)], source, sizes)
+            if mine:
+                pieces += [Block(*everyone[e][i], p) for e, p in zip(senders, out.split(mine), strict=True)]
+        if mine:
+            flat[slices[wire.rank]].copy_(combine(sorted(pieces, key=lambda block: block.start)))
+        wire.gather_slices(flat, slices)
+        return flat
+
+
+class NativeReduction(_Exchange):
+    """Level D0: the local ESTs' sum in rank order, then the backend's all-reduce in its own order.
+
+    With one EST per executor this is exactly what stock DDP does on the same devices.
+
+    Args:
+        placement: which executor hosts which ESTs.
+        executor: this executor.
+        group: process group of all executors; None for one executor.
+        n: number of ESTs.
+
+    Raises:
+        ValueError: if the arguments contradict each other.
+    """
+
+    def start(self, index: int, local: list[Tensor]) -> Pending:
+        """See `Reduction.start`."""
+        self._check(index, local)
+        total = local[0].to(local[-1].device, non_blocking=True)
+        for flat in local[1:]:
+            total.add_(flat.to(total.device, non_blocking=True))
+        if self._wire is None:
+            return self._lane.submit(lambda: total, total.device)
+        return Running(self._wire.all_reduce(total), total)
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
+
+
+def _spans(chunks: list[slice], which: list[int]) -> list[slice]:
+    """Element ranges of the chunks `which`, neighbours merged; only the step from chunk N-1 to 0 splits them."""
+    spans: list[slice] = []
+    for c in which:
+        if spans and spans[-1].stop == chunks[c].start:
+            spans[-1] = slice(spans[-1].start, chunks[c].stop)
+        else:
+            spans.append(chunks[c])
+    return spans
+
+
+def _descend(partial: Tensor | None, parts: list[Tensor], span: slice, device: torch.device) -> Tensor:
+    """Add `parts` from the last to the first to `partial` on `span`; sums overwrite what was used up."""
+    for part in reversed(parts):
+        own = part[span]
+        if partial is None:
+            partial = own.to(device, non_blocking=True)
+        elif own.device == device:
+            partial = own.add_(partial)
+        else:
+            partial = partial.add_(own.to(device, non_blocking=True))
+    assert partial is not None
+    return partial
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    """The pieces one after the other: a view where they already lie so, else a copy."""
+    first, end = pieces[0], pieces[0].storage_offset()
+    for piece in pieces:
+        if piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or piece.storage_offset() != end:
+            return torch.cat(pieces)
+        end += piece.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
+
+
+def _place(piece: Tensor, where: Tensor) -> None:
+    if piece.data_ptr() != where.data_ptr():
+        where.copy_(piece)

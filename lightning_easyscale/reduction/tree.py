@@ -1,0 +1,147 @@
+"""Partial sums of the `tree` order while the ESTs of one executor finish one after the other.
+
+An executor that hosts k ESTs need not keep k gradients: each new one is folded into the aligned power-of-two blocks
+before it, as carries in a binary counter. Invariants: blocks are nodes of the tree over all N ranks, so whatever the
+split of the ranks over executors, combining everybody's blocks gives `tree_fold` of all N gradients; and for any
+contiguous range of k ESTs at most ``2 * floor(log2 k) + 1`` sums are alive, the incoming gradient included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .orders import check_parts, finish_blocks, push_block
+
+Offload = Literal["host"] | None
+
+
+class Block(NamedTuple):
+    """The sum over ranks ``start..start+size-1``: an aligned block, `size` a power of two dividing `start`."""
+
+    start: int
+    size: int
+    total: Tensor
+
+
+def blocks_of(ests: range) -> list[tuple[int, int]]:
+    """Aligned blocks ``(start, size)`` that the binary counter leaves for a contiguous range of ranks."""
+    blocks: list[tuple[int, int]] = []
+    for rank in ests:
+        start, size = rank, 1
+        while blocks and blocks[-1][1] == size and blocks[-1][0] % (2 * size) == 0:
+            start = blocks.pop()[0]
+            size *= 2
+        blocks.append((start, size))
+    return blocks
+
+
+def to_host(flat: Tensor) -> Tensor:
+    """Copy of a device tensor in pinned host memory, enqueued on the current stream; a CPU tensor as it is."""
+    if flat.device.type == "cpu":
+        return flat
+    return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+
+
+def combine(blocks: Iterable[Block]) -> Tensor:
+    """Fold the blocks of all executors; their memory is overwritten.
+
+    Args:
+        blocks: aligned blocks that together cover the ranks ``0..N-1``, ascending, sums of one length on one device.
+
+    Returns:
+        The sum over all ranks in tree order, in the memory of the first block.
+
+    Raises:
+        ValueError: if the blocks leave a gap or overlap.
+    """
+    merged: list[tuple[int, int, Tensor]] = []
+    reached = 0
+    for start, size, total in blocks:
+        if start != reached:
+            raise ValueError(
+                f"`blocks` continue at rank {start} where {reached} was expected."
+                " HINT: pass every executor's blocks once, in ascending order."
+            )
+        reached = start + size
+        push_block(merged, start, size, total, consume=True)
+    if not merged:
+        raise ValueError("`blocks` is empty. HINT: pass every executor's blocks.")
+    check_parts([total for _, _, total in merged])
+    return finish_blocks(merged, consume=True)
+
+
+class TreeFold:
+    """Binary-counter fold of the gradients of one executor's ESTs, pushed in rank order.
+
+    Args:
+        range_of_ests: the contiguous EST ranks of this executor.
+        n: number of ESTs of the job.
+        offload: ``"host"`` keeps the waiting partial sums in pinned host memory; a carry brings one of them back to
+            the device at a time. Without effect on CPU tensors.
+
+    Raises:
+        ValueError: if the range is empty, not contiguous or outside ``0..n-1``, or `offload` is unknown.
+    """
+
+    def __init__(self, range_of_ests: range, n: int, *, offload: Offload = None) -> None:
+        ests = range_of_ests
+        if len(ests) == 0 or ests.step != 1 or ests.start < 0 or ests.stop > n:
+            raise ValueError(
+                f"`range_of_ests={ests}` is not a contiguous, non-empty part of 0..{n - 1}."
+                " HINT: pass a range of the placement."
+            )
+        if offload not in (None, "host"):
+            raise ValueError(f"`offload={offload!r}` is unknown. HINT: use None or 'host'.")
+        self._ests = ests
+        self._offload = offload
+        self._next = ests.start
+        self._blocks: list[tuple[int, int, Tensor]] = []
+        self._device: torch.device | None = None
+
+    @property
+    def due(self) -> int:
+        """The rank to push next; one past the range when it is complete."""
+        return self._next
+
+    @property
+    def complete(self) -> bool:
+        """Whether every EST of the range was pushed."""
+        return self._next == self._ests.stop
+
+    def push(self, rank: int, flat: Tensor) -> None:
+        """Fold the gradient of the next EST.
+
+        Args:
+            rank: its rank; ranks come in ascending order, each once.
+            flat: contiguous flat tensor, already multiplied by 1/N; it belongs to the fold from here on.
+
+        Raises:
+            ValueError: if another rank is due, or the tensor is sparse or unlike the earlier ones.
+        """
+        if rank != self._next or self.complete:
+            due = "no rank is due" if self.complete else f"rank {self._next} is due"
+            raise ValueError(f"`rank={rank}` cannot be folded: {due}. HINT: fold the ESTs once each, in rank order.")
+        check_parts([*(total for _, _, total in self._blocks[-1:]), flat])
+        self._next += 1
+        self._device = flat.device
+        push_block(self._blocks, rank, 1, flat, consume=True)
+        if self._offload is not None and not self.complete:
+            start, size, total = self._blocks.pop()
+            self._blocks.append((start, size, to_host(total)))
+
+    def partials(self) -> list[Block]:
+        """Take the aligned blocks of the whole range, on the device of the gradients; the fold is empty afterwards.
+
+        Raises:
+            RuntimeError: if an EST of the range is still missing.
+        """
+        if not self.complete or self._device is None:
+            raise RuntimeError(f"EST {self._next} has not finished. HINT: push every EST of {self._ests} first.")
+        blocks = [Block(start, size, total.to(self._device, non_blocking=True)) for start, size, total in self._blocks]
+        self._blocks = []
+        self._next = self._ests.start
+        return blocks

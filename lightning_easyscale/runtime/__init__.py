@@ -1,0 +1,1 @@
+"""EST runtime: threads that share one device and take turns, in a virtual `torch.distributed` world."""

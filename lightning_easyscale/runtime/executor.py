@@ -1,0 +1,368 @@
+"""The executor: several ESTs in one process, one running at a time.
+
+Protocol. Every EST runs its function in a thread of its own (the lead, the lowest rank, on the caller's thread). The
+*baton* is the right to run; it passes only inside `Executor.meet` (an EST reaches a collective) and when an EST ends.
+
+Invariants:
+
+- Exactly one EST of an executor runs at any time; process-wide state belongs to it (see `context.py`).
+- After a meeting the lead runs first, then the others in rank order. So at any time the lead is at least as far as
+  every other EST, which is what lets a broadcast from rank 0 be served without waiting (`Executor.publish`). Only a
+  collective of some ESTs can hold the lead back; where order matters the others then wait (`Executor.in_turn`).
+- The last EST to arrive at a meeting does the work for all of them, including the exchange with other executors.
+- An error in one EST ends all of them; the first error is what the caller sees.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .errors import CollectiveMismatch, ESTAborted, ESTHang
+from .peers import Peers
+
+
+class Context(Protocol):
+    """Process-wide state of one EST, put in force while it holds the baton."""
+
+    def enter(self) -> None:
+        """Put this EST's state in force."""
+
+    def leave(self) -> None:
+        """Remember this EST's state."""
+
+    def prepare(self) -> None:
+        """Remember the launching thread's thread-local settings."""
+
+    def thread(self) -> AbstractContextManager[None]:
+        """Those settings, for the EST's thread."""
+
+
+@dataclass
+class Meeting:
+    """A rendezvous that is filling up."""
+
+    members: tuple[int, ...]
+    tag: str
+    deposits: dict[int, Any] = field(default_factory=dict)
+    ready: Callable[[], bool] = bool  # of a message that is waited for: whether it has come
+
+
+@dataclass
+class _EST:
+    rank: int
+    context: Context
+    gate: threading.Lock = field(default_factory=threading.Lock)
+    waiting_for: Meeting | None = None
+    inbox: Any = None
+    finished: bool = True
+    holds: bool = False  # the baton; not so for an EST that gave up waiting
+
+
+class Executor:
+    """Hosts a contiguous range of ESTs and runs their functions in turns.
+
+    Args:
+        contexts: the process-wide state of each hosted EST, by rank.
+        peers: the executors of the job.
+        timeout: seconds an EST may wait for the others before the run is given up.
+
+    Attributes:
+        switches: how often the baton went from one EST to another.
+        meetings: how many rendezvous were completed here.
+    """
+
+    def __init__(self, contexts: Mapping[int, Context], peers: Peers, *, timeout: float) -> None:
+        self.ranks = tuple(sorted(contexts))
+        self.lead = self.ranks[0]
+        self.peers = peers
+        self.timeout = timeout
+        self.stop_requested = False
+        self.stop_agreed = False
+        self.switches = 0
+        self.meetings = 0
+        self.holder: int | None = None
+        self._ests = {rank: _EST(rank, context) for rank, context in contexts.items()}
+        self._meetings: dict[Any, Meeting] = {}
+        self._published: dict[Any, tuple[str, Any, set[int]]] = {}
+        self._letters: dict[Any, list[Any]] = {}
+        self._passed: dict[Any, int] = {}
+        self._failure: tuple[int, BaseException] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an EST of this executor has failed; all others are then on their way out."""
+        return self._failure is not None
+
+    def run(self, functions: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Run one function per hosted EST to its end.
+
+        Args:
+            functions: what each rank runs; the lead's on the calling thread.
+
+        Returns:
+            What each function returned, by rank.
+
+        Raises:
+            BaseException: the first error of any EST, as it was raised, with a note that names the rank.
+        """
+        self._failure = None
+        self._meetings.clear()
+        self._published.clear()
+        self._letters.clear()
+        self._passed.clear()
+        results: dict[int, Any] = {}
+        for est in self._ests.values():
+            est.finished, est.holds, est.waiting_for, est.inbox = False, False, None, None
+            est.gate = threading.Lock()
+            est.gate.acquire()
+            est.context.prepare()
+
+        def body(rank: int) -> None:
+            try:
+                self._take_turn(rank)
+                with self._ests[rank].context.thread():
+                    results[rank] = functions[rank]()
+            except ESTAborted:
+                pass
+            except BaseException as error:
+                self.fail(rank, error)
+            finally:
+                self._end(rank)
+
+        threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(body, rank), name=f"easyscale-est-{rank}", daemon=True
+            )
+            for rank in self.ranks[1:]
+        ]
+        for thread in threads:
+            thread.start()
+        self._pass_to(self.lead)
+        body(self.lead)
+        for thread in threads:
+            thread.join(timeout=None if self._failure is None else 10.0)
+        if self._failure is not None:
+            rank, error = self._failure
+            self.peers.announce_failure(f"EST {rank} failed on executor {self.peers.index}: {error!r}")
+            _note(error, f"raised in EST {rank} (executor {self.peers.index})")
+            raise error
+        return results
+
+    def meet(
+        self,
+        rank: int,
+        key: Any,
+        tag: str,
+        deposit: Any,
+        complete: Callable[[dict[int, Any]], Mapping[int, Any]],
+        *,
+        members: Sequence[int] | None = None,
+    ) -> Any:
+        """Wait until every local member has arrived; return this rank's result.
+
+        Args:
+            rank: the calling EST.
+            key: identity of the meeting (group and sequence number), the same for all its members.
+            tag: name and shape of the collective; a difference between members is an error.
+            deposit: what this EST brings.
+            complete: called once, by the last to arrive, with all local deposits; returns every local member's result.
+            members: local ranks that take part; all hosted ESTs by default.
+
+        Raises:
+            CollectiveMismatch: if members call different collectives, or one has ended.
+            ESTHang: if the others do not arrive in time.
+            ESTAborted: if another EST failed.
+        """
+        self._check_alive()
+        est = self._ests[rank]
+        meeting = self._meetings.get(key)
+        if meeting is None:
+            meeting = self._meetings[key] = Meeting(tuple(members or self.ranks), tag)
+        if meeting.tag != tag:
+            first = next(iter(meeting.deposits))
+            raise CollectiveMismatch(
+                f"EST {rank} called `{tag}` where EST {first} called `{meeting.tag}`."
+                " HINT: every rank has to call the same collectives in the same order."
+            )
+        meeting.deposits[rank] = deposit
+        if len(meeting.deposits) == len(meeting.members):
+            del self._meetings[key]
+            self.meetings += 1
+            results = complete(meeting.deposits)
+            for member in meeting.members:
+                self._ests[member].inbox = results[member]
+                self._ests[member].waiting_for = None
+            following = meeting.members[0]
+        else:
+            est.waiting_for = meeting
+            following = self._next_runnable(rank)
+        if following != rank:
+            self._pass_to(following, leaving=rank)
+            self._take_turn(rank)
+        result, est.inbox = est.inbox, None
+        return result
+
+    def publish(self, rank: int, key: Any, tag: str, value: Callable[[], Any]) -> Any:
+        """Serve a value that the first local EST to ask produces, without a rendezvous.
+
+        Args:
+            rank: the calling EST.
+            key: identity of the exchange, the same for all ESTs.
+            tag: name and shape; a difference between ESTs is an error.
+            value: called by the first to arrive; must not depend on which EST calls.
+        """
+        self.in_turn(rank, ("publish", key), tag)
+        if key not in self._published:
+            self._published[key] = (tag, value(), set(self.ranks))
+        published_tag, result, outstanding = self._published[key]
+        if published_tag != tag:
+            raise CollectiveMismatch(
+                f"EST {rank} called `{tag}` where an earlier EST called `{published_tag}`."
+                " HINT: every rank has to call the same collectives in the same order."
+            )
+        outstanding.discard(rank)
+        if not outstanding:
+            del self._published[key]
+        return result
+
+    def in_turn(self, rank: int, key: Any, tag: str) -> None:
+        """Let the ESTs of this executor pass in rank order, each once.
+
+        A collective of some ESTs only, or a message, lets others overtake one that waits for it; where order matters
+        (who produces a published value, the order in which gradients are deposited) they wait here for the lower ranks.
+
+        Args:
+            rank: the calling EST.
+            key: what the ESTs pass, the same for all of them.
+            tag: its name, for messages.
+        """
+        self._check_alive()
+        place = self.ranks.index(rank)
+        if self._passed.get(key, 0) < place:
+            est = self._ests[rank]
+            est.waiting_for = Meeting((rank,), f"its turn in {tag}", ready=lambda: self._passed.get(key, 0) >= place)
+            self._pass_to(self._next_runnable(rank), leaving=rank)
+            self._take_turn(rank)
+            est.waiting_for = None
+        if place + 1 < len(self.ranks):
+            self._passed[key] = place + 1
+        else:
+            self._passed.pop(key, None)
+
+    def post(self, address: Any, letter: Any) -> None:
+        """Leave a message for another EST of this executor; does not wait."""
+        self._check_alive()
+        self._letters.setdefault(address, []).append(letter)
+
+    def collect(self, rank: int, address: Any) -> Any:
+        """Wait for a message and take it, oldest first."""
+        self._check_alive()
+        est = self._ests[rank]
+        if not self._letters.get(address):
+            est.waiting_for = Meeting((rank,), f"recv{address}", ready=lambda: bool(self._letters.get(address)))
+            self._pass_to(self._next_runnable(rank), leaving=rank)
+            self._take_turn(rank)
+            est.waiting_for = None
+        return self._letters[address].pop(0)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise ESTAborted(f"EST {self._failure[0]} failed")
+
+    def _next_runnable(self, rank: int) -> int:
+        start = self.ranks.index(rank)
+        order = self.ranks[start + 1 :] + self.ranks[:start]
+        for candidate in order:
+            est = self._ests[candidate]
+            if not est.finished and (est.waiting_for is None or est.waiting_for.ready()):
+                return candidate
+        waiting = "; ".join(
+            f"EST {r} " + (f"waits in `{e.waiting_for.tag}`" if e.waiting_for is not None else "has ended")
+            for r, e in self._ests.items()
+        )
+        raise CollectiveMismatch(
+            f"no EST can go on: {waiting}. HINT: every rank has to call the same collectives the same number of times."
+        )
+
+    def _pass_to(self, rank: int, leaving: int | None = None) -> None:
+        if leaving is not None:
+            self._ests[leaving].context.leave()
+            self._ests[leaving].holds = False
+            self.switches += 1
+        self.holder = rank
+        self._ests[rank].gate.release()
+
+    def _take_turn(self, rank: int) -> None:
+        """Wait for the baton, then put this EST's state in force."""
+        est = self._ests[rank]
+        if not self._wait_for_baton(est):
+            wanted = est.waiting_for.tag if est.waiting_for is not None else "its turn"
+            raise ESTHang(
+                f"EST {rank} waited {self.timeout:.0f} s in `{wanted}`; EST {self.holder} holds the baton and did not"
+                " arrive. HINT: look for an endless loop or a blocking call there; if a step is legitimately that"
+                " slow, raise `timeout`."
+            )
+        est.holds = True
+        est.context.enter()
+        self._check_alive()
+
+    def _wait_for_baton(self, est: _EST) -> bool:
+        """Whether the baton has come in time."""
+        while True:
+            try:
+                return est.gate.acquire(timeout=self.timeout)
+            except BaseException as error:
+                # A signal handler raised on the waiting main thread: end everyone, but only once we hold the baton.
+                if self._failure is not None:
+                    raise
+                self._failure = (est.rank, error)
+                if self.holder == est.rank:
+                    # It raised between the arrival of the baton and the return of `acquire`.
+                    est.gate.acquire(blocking=False)
+                    return True
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """An EST has failed; from here on all others are on their way out."""
+        if self._failure is None:
+            self._failure = (rank, error)
+
+    def _end(self, rank: int) -> None:
+        """This EST is done: hand the baton on; the lead waits for all others."""
+        est = self._ests[rank]
+        est.finished, est.waiting_for = True, None
+        if not est.holds:
+            # It gave up waiting for an EST that still runs, which will find out when it comes back.
+            return
+        others = [e for e in self._ests.values() if not e.finished]
+        if not others:
+            est.context.leave()
+            if rank != self.lead:
+                self._pass_to(self.lead)
+            return
+        following = others[0]
+        if self._failure is None:
+            try:
+                following = self._ests[self._next_runnable(rank)]
+            except CollectiveMismatch as error:
+                self.fail(rank, error)
+        following.waiting_for = None
+        self._pass_to(following.rank, leaving=rank)
+        if rank == self.lead:
+            self._await_others()
+
+    def _await_others(self) -> None:
+        lead = self._ests[self.lead]
+        if not self._wait_for_baton(lead):
+            self.fail(self.lead, ESTHang(f"EST {self.holder} did not end within {self.timeout:.0f} s."))
+        lead.context.enter()
+
+
+def _note(error: BaseException, text: str) -> None:
+    """Attach `text` to an exception (`add_note` where Python has it)."""
+    if hasattr(error, "add_note"):
+        error.add_note(text)

@@ -1,0 +1,411 @@
+"""The virtual process group: what an EST's `torch.distributed` calls reach.
+
+Each EST holds one `VirtualProcessGroup` per group; the ESTs of an executor share the group's `Channel`. A collective is
+a meeting of the local members; the last to arrive exchanges deposits with the other executors and computes every
+member's result from all N deposits in rank order, so that results do not depend on placement. Floating-point sums are
+folded in the job's order (``ddp``: gloo's, ``tree``: the balanced tree).
+
+A broadcast whose root leads its executor needs no meeting: the root deposits a copy and goes on (`Executor.publish`).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+
+from ..placement import Placement
+from . import collectives as computed
+from .collectives import Fold, all_reduce, detached, on_host
+from .executor import Executor
+from .peers import Peers
+from .world import WorldState
+
+if TYPE_CHECKING:
+    # torch types every spelling of every collective as an overload of its own.
+    _ProcessGroup = Any
+else:
+    _ProcessGroup = dist.ProcessGroup
+
+Compute = Callable[[list[Any]], list[Any]]
+
+
+class Channel:
+    """One group as seen by one executor: its members and how their deposits travel.
+
+    Args:
+        name: unique name, the same on every executor.
+        ranks: EST ranks of the group, in group order.
+        executor: the local executor.
+        placement: where every EST of the world runs.
+        peers: the executors that host members.
+        fold: how floating-point tensors are reduced.
+    """
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], executor: Executor, placement: Placement, peers: Peers, fold: Fold
+    ) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.executor = executor
+        self.placement = placement
+        self.peers = peers
+        self.fold = fold
+        self.local = tuple(r for r in self.ranks if r in executor.ranks)
+        self.covers_world = len(self.ranks) == placement.num_ests
+
+    def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
+        """Exchange deposits between executors and compute the local members' results."""
+        payload = b"" if self.peers.size == 1 else pickle.dumps(on_host(deposits))
+        stop, parts = self.peers.exchange(tag, stop=self.executor.stop_requested, payload=payload)
+        self._heed(stop)
+        every: dict[int, Any] = {}
+        for part in parts if payload else ():
+            every.update(pickle.loads(part))
+        every.update(deposits)
+        with torch.no_grad():
+            results = compute([every[r] for r in self.ranks])
+        return {r: results[self.ranks.index(r)] for r in self.local}
+
+    def agree(self, tag: str) -> None:
+        """Meet the other executors; the stop request travels with it."""
+        self._heed(self.peers.agree(tag, stop=self.executor.stop_requested))
+
+    def share(self, tag: str, tensors: list[Tensor], source: int) -> None:
+        """Meet the other executors and overwrite `tensors` by those of executor `source`."""
+        self._heed(self.peers.share(tag, tensors, source, stop=self.executor.stop_requested))
+
+    def _heed(self, stop: bool) -> None:
+        if self.covers_world and stop:
+            self.executor.stop_agreed = True
+
+    def duplicate(self, name: str) -> Channel:
+        """Another channel over the same ESTs, with a sequence of its own."""
+        return Channel(name, self.ranks, self.executor, self.placement, self.peers, self.fold)
+
+    def split(self, name: str, ranks: tuple[int, ...]) -> Channel:
+        """The channel of a subgroup; every executor calls this, members or not."""
+        hosts = sorted({self.placement.executor_of(r) for r in ranks})
+        peers = self.peers.subset(hosts)
+        return Channel(name, ranks, self.executor, self.placement, peers, self.fold)
+
+
+class VirtualProcessGroup(_ProcessGroup):
+    """A group of ESTs, from the point of view of one of them.
+
+    Args:
+        est_rank: the EST's rank in the virtual world.
+        channel: the group's channel on this executor.
+        world: the EST's world, in which subgroups are registered.
+    """
+
+    def __init__(self, est_rank: int, channel: Channel, world: WorldState) -> None:
+        super().__init__(channel.ranks.index(est_rank), len(channel.ranks))
+        self._est_rank = est_rank
+        self._group_rank = channel.ranks.index(est_rank)
+        self._channel = channel
+        self._world_state = world
+        self._sequence = 0
+        self._set_group_name(f"{channel.name}/est{est_rank}")
+
+    # -- identity ------------------------------------------------------------------------------------------------
+    def getBackendName(self) -> str:  # noqa: N802
+        """Name of the backend; the C++ logger of DDP treats known names specially, so it is our own."""
+        return "easyscale"
+
+    @property
+    def group_name(self) -> str:
+        """The group's name; torch's own attribute has none for a group without C++ backends."""
+        return f"{self._channel.name}/est{self._est_rank}"
+
+    def size(self) -> int:
+        """Number of ESTs in the group."""
+        return len(self._channel.ranks)
+
+    def rank(self) -> int:
+        """This EST's rank in the group."""
+        return self._group_rank
+
+    def shutdown(self) -> None:
+        """Nothing to shut down: the physical groups belong to the runtime."""
+
+    def abort(self) -> None:
+        """Nothing to abort: the physical groups belong to the runtime."""
+
+    @property
+    def est_rank(self) -> int:
+        """This EST's rank in the virtual world."""
+        return self._est_rank
+
+    @property
+    def executor(self) -> Executor:
+        """The executor that hosts this EST."""
+        return self._channel.executor
+
+    def next_key(self) -> tuple[str, int]:
+        """Identity of the next collective of this group, the same for all members."""
+        self._sequence += 1
+        return self._channel.name, self._sequence
+
+    def subgroup(self, ranks: tuple[int, ...] | None, backend: str) -> Any:
+        """Create a subgroup; a collective of the whole group. Returns a non-member marker for outsiders."""
+        members = self._channel.ranks if ranks is None else ranks
+        unknown = [r for r in members if r not in self._channel.ranks]
+        if unknown:
+            raise ValueError(f"`ranks={list(members)}` names {unknown}, but the world has {self.size()} ranks.")
+        name = f"{self._channel.name}.{self._sequence + 1}"
+        channel = self._meet(
+            f"new_group{members}", None, lambda _: self._channel.split(name, members), per_executor=True
+        )
+        if self._est_rank not in members:
+            return dist.GroupMember.NON_GROUP_MEMBER
+        group = VirtualProcessGroup(self._est_rank, channel, self._world_state)
+        self._world_state.add(group, name, members, backend)
+        return group
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
+        """Reduce each tensor over all members, in place."""
+        return self._reduce_in_place("all_reduce", _tensors(tensors), _op(opts), coalesced=False)
+
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+        """Reduce several tensors as one flat tensor, as gloo does."""
+        return self._reduce_in_place("all_reduce_coalesced", tensors, _op(opts), coalesced=True)
+
+    def reduce(self, tensors: Any, *args: Any) -> dist.Work:
+        """Reduce to one member, in place; the others keep what they had."""
+        targets = _tensors(tensors)
+        root, op = _root_and_op(args)
+        results = self._meet(
+            _tag("reduce", targets, root, op), targets, lambda every: all_reduce(every, op, self._channel.fold)
+        )
+        if self._group_rank == root:
+            _copy(targets, results)
+        return _done(targets)
+
+    def broadcast(self, tensors: Any, opts: Any = None) -> dist.Work:
+        """Copy the root's tensors to all members, in place."""
+        targets = _tensors(tensors)
+        root = _root(opts)
+        channel = self._channel
+        root_rank = channel.ranks[root]
+        source = channel.placement.executor_of(root_rank)
+        tag = _tag("broadcast", targets, root)
+        if channel.covers_world and root_rank == channel.placement.ranges[source][0]:
+
+            def value() -> list[Tensor]:
+                with torch.no_grad():
+                    copies = [t.detach().clone() for t in targets]
+                    channel.share(tag, copies, source)
+                return copies
+
+            results = channel.executor.publish(self._est_rank, self.next_key(), tag, value)
+        else:
+            results = self._meet(tag, targets, lambda every: [every[root]] * len(every))
+        if self._group_rank != root:
+            _copy(targets, results)
+        return _done(targets)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """Every member's tensor, in rank order."""
+        results = self._meet(_tag("all_gather", None), inputs, computed.gather_all)
+        for output, parts in zip(outputs, zip(*results, strict=True), strict=True):
+            _copy(output, list(parts))
+        return _done(outputs)
+
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """As `allgather`; ``outputs[rank][i]`` is member `rank`'s i-th tensor."""
+        for output, result in zip(
+            outputs, self._meet(_tag("all_gather", inputs), inputs, computed.gather_all), strict=True
+        ):
+            _copy(output, result)
+        return _done(outputs)
+
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
+        """Every member's tensor, concatenated in rank order."""
+        results = self._meet(_tag("all_gather_single", [tensor]), [tensor], computed.gather_all)
+        _copy([output], [torch.cat([part.reshape(-1) for (part,) in results]).view(output.shape)])
+        return _done([output])
+
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """`all_gather_single` for several tensors."""
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.all_gather_single(output, tensor, opts)
+        return _done(outputs)
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """Every member's tensor, at the root."""
+        root = _root(opts)
+        results = self._meet(_tag("gather", None, root), inputs, computed.gather_all)
+        if self._group_rank == root:
+            _copy(outputs[0], [part for (part,) in results])
+        return _done(outputs)
+
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
+        """Each member its own of the root's tensors."""
+        root = _root(opts)
+        result = self._meet(_tag("scatter", outputs, root), inputs, lambda every: computed.scatter(every, root))
+        _copy(outputs, [result])
+        return _done(outputs)
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
+        """Each member its own part of the reduced list."""
+        op = _op(opts)
+        result = self._meet(
+            _tag("reduce_scatter", outputs, op), inputs[0], lambda e: computed.reduce_scatter(e, op, self._channel.fold)
+        )
+        _copy(outputs, [result])
+        return _done(outputs)
+
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
+        """Each member its own chunk of the reduced tensor."""
+        op = _op(opts)
+        result = self._meet(
+            _tag("reduce_scatter_single", [tensor], op),
+            [tensor],
+            lambda every: computed.reduce_scatter_single(every, op, self._channel.fold),
+        )
+        _copy([output], [result.view(output.shape)])
+        return _done([output])
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> dist.Work:
+        """`reduce_scatter_single` for several tensors."""
+        for output, tensor in zip(outputs, inputs, strict=True):
+            self.reduce_scatter_single(output, tensor, opts)
+        return _done(outputs)
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+        """Member j gets the j-th tensor of every member."""
+        _copy(outputs, self._meet(_tag("all_to_all", None), inputs, computed.all_to_all))
+        return _done(outputs)
+
+    def all_to_all_single(
+        self, output: Tensor, tensor: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
+    ) -> dist.Work:
+        """`alltoall` on one tensor split along its first dimension."""
+        share = [tensor.shape[0] // self.size()] * self.size()
+        outputs = list(output.split(list(output_sizes) or share))
+        return self.alltoall(outputs, list(tensor.split(list(input_sizes) or share)), opts)
+
+    def barrier(self, opts: Any = None, **_: Any) -> dist.Work:
+        """Wait for all members."""
+        self._meet("barrier", None, lambda every: [None] * len(every))
+        return _done([])
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """Wait for all members; the runtime's own timeout applies."""
+        self.barrier()
+
+    def collect(self, value: Any, tag: str) -> list[Any]:
+        """Every member's Python object; ESTs of one executor share it, others get a copy."""
+        return self._meet(tag, _Opaque(value), lambda every: [[v.value for v in every]] * len(every))
+
+    # Names that torch before 2.13 uses for the same operations.
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+    # -- point to point ----------------------------------------------------------------------------------------------
+    def send(self, tensors: list[Tensor], destination: int, tag: int) -> dist.Work:
+        """Send to one member; buffered, so it does not wait for the receiver."""
+        to = self._channel.ranks[destination]
+        self._channel.executor.post(
+            (self._channel.name, self._est_rank, to, tag), [t.detach().clone() for t in tensors]
+        )
+        return _done(tensors)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> dist.Work:
+        """Receive from one member, in place."""
+        sender = self._channel.ranks[source]
+        if sender not in self._channel.local:
+            raise RuntimeError(
+                f"`recv` from rank {sender} on another executor: point-to-point messages between executors are not"
+                " supported. HINT: use a collective such as `all_gather` or `broadcast`."
+            )
+        letter = self._channel.executor.collect(self._est_rank, (self._channel.name, sender, self._est_rank, tag))
+        _copy(tensors, letter)
+        return _done(tensors)
+
+    # -- internals ---------------------------------------------------------------------------------------------------
+    def _meet(self, tag: str, deposit: Any, compute: Any, *, per_executor: bool = False) -> Any:
+        channel = self._channel
+
+        def complete(deposits: dict[int, Any]) -> dict[int, Any]:
+            if per_executor:
+                channel.agree(tag)
+                return dict.fromkeys(channel.local, compute(None))
+            return channel.complete(tag, deposits, compute)
+
+        key, alone = self.next_key(), detached(deposit)
+        return channel.executor.meet(self._est_rank, key, tag, alone, complete, members=channel.local)
+
+    def _reduce_in_place(self, name: str, tensors: list[Tensor], op: dist.ReduceOp, *, coalesced: bool) -> dist.Work:
+        results = self._meet(
+            _tag(name, tensors, op),
+            tensors,
+            lambda every: all_reduce(every, op, self._channel.fold, coalesced=coalesced),
+        )
+        _copy(tensors, results)
+        return _done(tensors)
+
+
+@dataclass
+class _Opaque:
+    """A value that travels as it is."""
+
+    value: Any
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    # No write of one EST's own: what a collective brings is the same for all ESTs.
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        for target, source in zip(targets, sources, strict=True):
+            target.detach().copy_(source)
+
+
+def _done(result: Any) -> dist.Work:
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(result)
+    return work_of(future)
+
+
+def work_of(future: torch.futures.Future[Any]) -> dist.Work:
+    """What a collective returns whose result `future` will hold."""
+    return _create_work_from_future(future)
+
+
+def _op(opts: Any) -> dist.ReduceOp:
+    if opts is None:
+        return dist.ReduceOp(dist.ReduceOp.SUM)
+    return opts.reduceOp if hasattr(opts, "reduceOp") else dist.ReduceOp(opts)
+
+
+def _root(opts: Any) -> int:
+    return 0 if opts is None else opts if isinstance(opts, int) else int(opts.rootRank)
+
+
+def _root_and_op(args: tuple[Any, ...]) -> tuple[int, dist.ReduceOp]:
+    if len(args) == 2:
+        return int(args[0]), dist.ReduceOp(args[1])
+    return (_root(args[0]), _op(args[0])) if args else (0, _op(None))
+
+
+def _tag(name: str, tensors: Sequence[Tensor] | None, *details: Any) -> str:
+    shapes = "" if tensors is None else ",".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tensors)
+    extra = "".join(f" {d.op if hasattr(d, 'op') else d}" for d in details)
+    return f"{name}({shapes}){extra}"

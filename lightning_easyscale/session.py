@@ -1,0 +1,369 @@
+"""The ESTs of one executor, kept from the first `fit` to the end of the strategy's life.
+
+The launcher hands over a trainer function and its arguments. The lead EST runs it on the user's own objects; every
+other EST runs a structural clone of it in its own thread. Clones live as long as the session, so that a second `fit`,
+`validate` or `test` continues per-rank state as DDP's processes would.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from . import _lightning as pl
+from .placement import Placement
+from .reduction.collector import ESTDataParallel
+from .reduction.exchange import NativeReduction, Reduction, RingReduction, TreeReduction
+from .reduction.gradients import TreeGradients
+from .reduction.layout import BucketLayout
+from .reduction.orders import ring_fold
+from .reduction.tree import Offload
+from .rng import Generators
+from .runtime.context import ESTContext
+from .runtime.errors import ESTAborted
+from .runtime.executor import Executor
+from .runtime.gradients import GradientExchange, GradientGroup
+from .runtime.heap import share_heap
+from .runtime.kinship import Kinship
+from .runtime.peers import Peers
+from .runtime.process_group import Channel, VirtualProcessGroup
+from .runtime.world import WorldState, install, set_world
+from .runtime.writes import ParameterWrites, SharedStorages
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from .strategy import EasyScaleStrategy
+
+_BROADCAST_BYTES = 250 << 20  # DDP's own
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+class Session:
+    """The ESTs that this process hosts.
+
+    Args:
+        strategy: the lead's strategy.
+        placement: where every EST of the job runs.
+        peers: the executors of the job.
+        reduction: ``"ddp"``, ``"tree"`` or ``"native"``.
+        device: the executor's device.
+        timeout: seconds an EST waits for the others.
+    """
+
+    _newest: ClassVar[Session | None] = None
+
+    def __init__(
+        self,
+        strategy: EasyScaleStrategy,
+        placement: Placement,
+        peers: Peers,
+        *,
+        reduction: str,
+        device: torch.device,
+        timeout: float,
+    ) -> None:
+        install()
+        self.placement = placement
+        self.peers = peers
+        self.ests = placement.ranges[peers.index]
+        self.reduction = reduction
+        if len(self.ests) > 1:
+            share_heap()
+        self._kinships = self._inherit(strategy)
+        self.worlds = {rank: WorldState() for rank in self.ests}
+        self.contexts = contexts = {rank: self._context(rank, strategy, device) for rank in self.ests}
+        self.executor = Executor(contexts, peers, timeout=timeout)
+        # Only gradients are reduced in the tree order; a reference run reduces everything else over gloo's ring.
+        channel = Channel("easyscale", range(placement.num_ests), self.executor, placement, peers, ring_fold)
+        self.channel = channel
+        backend = strategy.virtual_backend
+        self.groups: dict[int, VirtualProcessGroup] = {}
+        for rank, world in self.worlds.items():
+            group = self.groups[rank] = VirtualProcessGroup(rank, channel, world)
+            world.add(group, channel.name, channel.ranks, backend)
+            world.default_pg = group
+        self.lead_optimizers: list[Optimizer] = []
+        self.shared = SharedStorages()
+        self.writes = {rank: self._guard(rank) for rank in self.ests} if len(self.ests) > 1 else {}
+        self.turns = Turns()
+        self.lead_gradients: list[Tensor | None] = []
+        self._local_sequence = dict.fromkeys(self.ests, 0)
+        self._gradient_steps = dict.fromkeys(self.ests, 0)
+        self._wrappers = dict.fromkeys(self.ests, 0)
+        self.exchange: GradientExchange | None = None
+        self._tree: TreeGradients | None = None
+        self.running = False
+        self.strategies: dict[int, EasyScaleStrategy] = {self.lead: strategy}
+
+    @property
+    def lead(self) -> int:
+        """The lowest-ranked EST here."""
+        return self.ests[0]
+
+    def gradient_group(self, rank: int) -> GradientGroup:
+        """A group over the world for an EST's next DDP wrapper."""
+        wrappers = self._wrappers[rank] = self._wrappers[rank] + 1
+        if rank == self.lead:
+            self._gradient_channel = self.channel.duplicate(f"{self.channel.name}.gradients{wrappers}")
+        channel, world = self._gradient_channel, self.worlds[rank]
+        group = GradientGroup(rank, channel, world)
+        world.add(group, channel.name, channel.ranks, world.pg_map[self.groups[rank]][0])
+        return group
+
+    def collect_gradients(
+        self,
+        rank: int,
+        wrapped: DistributedDataParallel,
+        group: GradientGroup,
+        *,
+        saved_layout: BucketLayout | None,
+        bucket_cap_mb: float | None,
+        rebuilds: bool,
+        private_gradients: bool,
+    ) -> None:
+        """Collect the gradients of an EST's wrapped module; the lead comes first and starts a new exchange."""
+        if rank == self.lead:
+            self.exchange = GradientExchange(
+                self.channel,
+                self._make_reduction(),
+                saved_layout=saved_layout,
+                bucket_cap_mb=bucket_cap_mb,
+                rebuilds=rebuilds,
+                private_gradients=private_gradients,
+            )
+        assert self.exchange is not None
+        self.exchange.attach(wrapped, group)
+
+    def wrap_in_tree(
+        self, rank: int, module: Module, options: dict[str, Any], *, private_gradients: bool, offload: Offload
+    ) -> ESTDataParallel:
+        """Wrap an EST's module so that its gradients are folded in the ``tree`` order as they are produced.
+
+        Args:
+            rank: the EST; the lead comes first and starts a new collection.
+            module: its module.
+            options: DDP's arguments.
+            private_gradients: whether user code may see or change an EST's reduced gradients.
+            offload: where partial sums wait.
+        """
+        group = self.groups[rank]
+        if rank == self.lead:
+            self.exchange = None
+            self._tree = TreeGradients(
+                self.placement,
+                self.peers.index,
+                self.peers.data,
+                private_gradients=private_gradients,
+                offload=offload,
+                bucket_cap_mb=options["bucket_cap_mb"],
+                rendezvous=self._meet_for_gradients,
+                in_turn=self._wait_for_turn,
+            )
+        assert self._tree is not None
+        return ESTDataParallel(
+            module,
+            rank=rank,
+            n=self.placement.num_ests,
+            reduce=self._tree,
+            find_unused_parameters=options["find_unused_parameters"],
+            static_graph=options["static_graph"],
+            gradient_as_bucket_view=options["gradient_as_bucket_view"],
+            broadcast_buffers=options.get("broadcast_buffers", True),
+            sync_buffers=lambda buffers: dist._broadcast_coalesced(group, buffers, _BROADCAST_BYTES, 0),
+        )
+
+    def _wait_for_turn(self, rank: int) -> None:
+        self._gradient_steps[rank] += 1
+        self.executor.in_turn(rank, ("tree", self._gradient_steps[rank]), "gradients")
+
+    def _meet_for_gradients(self, rank: int, work: Callable[[], None]) -> None:
+        def complete(deposits: dict[int, Any]) -> dict[int, None]:
+            self.channel.agree("gradients")
+            work()
+            return dict.fromkeys(deposits)
+
+        self.executor.meet(rank, self.groups[rank].next_key(), "gradients", None, complete)
+
+    def gather(self, rank: int, value: Callable[[int], Any], tag: str) -> dict[int, Any]:
+        """Every EST's value, by rank; a collective while ESTs run, and the lead's affair between trainer calls.
+
+        Args:
+            rank: the calling EST.
+            value: makes the value of a rank; called in that EST, or for all local ranks between calls.
+            tag: what is gathered.
+        """
+        if not self.running:
+            gathered: dict[int, Any] = {}
+            for part in self.peers.all_gather_object({r: value(r) for r in self.ests}):
+                gathered.update(part)
+            return gathered
+        everyone = self.groups[rank].collect(value(rank), tag)
+        return dict(enumerate(everyone))
+
+    def run(self, trainer: Trainer, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a trainer function on every EST of this executor; return the lead's result."""
+        functions: dict[int, Callable[[], Any]] = {self.lead: partial(function, *args, **kwargs)}
+        pl.follow_agreed_stop(trainer, self.executor)
+        for rank in self.ests[1:]:
+            functions[rank] = self._for_rank(rank, trainer, function, args, kwargs)
+        if trainer.lightning_module is not None:
+            self.shared.set(list(trainer.lightning_module.parameters()))
+        functions = {rank: self._guarded(rank, function) for rank, function in functions.items()}
+        with _rank_variables_restored():
+            self.running = True
+            try:
+                return self.executor.run(functions)[self.lead]
+            finally:
+                self.running = False
+                self._close_communication()
+                for kinship in self._kinships.values():
+                    kinship.settle()
+                # Between calls one EST cannot meet the others: a plain Trainer or a metric would wait for them in vain.
+                set_world(None)
+                pl.set_rank(self.lead)
+
+    def watching_writes(self, rank: int, on: bool) -> AbstractContextManager[None]:
+        """Guard the shared parameters against what this EST's code does inside the block, or do not."""
+        return self.writes[rank].watching(on) if self.writes else nullcontext()
+
+    def _guarded(self, rank: int, function: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with self.watching_writes(rank, True):
+                return function()
+
+        return run
+
+    def _guard(self, rank: int) -> ParameterWrites:
+        return ParameterWrites(self.shared, is_lead=rank == self.lead, meet=partial(self.meet_locally, rank))
+
+    def once(self, rank: int, tag: str, value: Callable[[], Any]) -> Any:
+        """A value that the first local EST to ask makes; all local ESTs ask in the same order."""
+        self._local_sequence[rank] += 1
+        return self.executor.publish(rank, ("local", self._local_sequence[rank]), tag, value)
+
+    def _close_communication(self) -> None:
+        """End communication threads; the next step would begin new ones."""
+        if self.exchange is not None:
+            self.exchange.close()
+        if self._tree is not None:
+            self._tree.close()
+
+    def meet_locally(self, rank: int, tag: str) -> None:
+        """Wait for the other ESTs of this executor; nothing crosses executors."""
+        self._local_sequence[rank] += 1
+        key = ("local", self._local_sequence[rank])
+        self.executor.meet(rank, key, tag, None, lambda deposits: dict.fromkeys(deposits))
+
+    def _for_rank(
+        self,
+        rank: int,
+        trainer: Trainer,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Callable[[], Any]:
+        clone, cloned_function, cloned_args, cloned_kwargs = self._kinships[rank].clone(
+            [trainer, function, args, kwargs]
+        )
+        clone.strategy.become(rank)
+        self.strategies[rank] = clone.strategy
+        pl.follow_agreed_stop(clone, self.executor)
+
+        def run() -> Any:
+            try:
+                return cloned_function(*cloned_args, **cloned_kwargs)
+            except ESTAborted:
+                with suppress(Exception, ESTAborted):
+                    clone._teardown()
+                raise
+            except BaseException as error:
+                # Before anything of its teardown can wait for the other ESTs.
+                self.executor.fail(rank, error)
+                with suppress(ESTAborted):
+                    pl.on_interrupt(clone, error)
+                raise
+
+        return run
+
+    def _inherit(self, strategy: EasyScaleStrategy) -> dict[int, Kinship]:
+        """The clones of the session before, where a second Trainer goes on with the same module; else none."""
+        older, Session._newest = Session._newest, self
+        if older is not None and older.ests == self.ests and older.placement == self.placement:
+            module = strategy.lightning_module
+            if all(kinship.knows(module) for kinship in older._kinships.values()):
+                return older._kinships
+        return {rank: Kinship(self._is_shared) for rank in self.ests[1:]}
+
+    def _is_shared(self, obj: object) -> bool:
+        # Only rank 0 writes, and a wrapper may hold a thread that does.
+        shared = (Logger, Session, Executor, CheckpointIO, pl.SubprocessScriptLauncher, pl.MultiProcessingLauncher)
+        return isinstance(obj, shared)
+
+    def _context(self, rank: int, strategy: EasyScaleStrategy, device: torch.device) -> ESTContext:
+        environment = strategy.virtual_environment.for_rank(rank)
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(environment.local_rank()),
+            "WORLD_SIZE": str(self.placement.num_ests),
+        }
+
+        def on_enter(rank: int) -> None:
+            set_world(self.worlds[rank])
+            pl.set_rank(rank)
+
+        devices = [device] if device.type == "cuda" else []
+        return ESTContext(rank, Generators(devices), variables, on_enter=on_enter, alone=len(self.ests) == 1)
+
+    def _make_reduction(self) -> Reduction:
+        kinds: dict[str, Callable[..., Reduction]] = {
+            "ddp": RingReduction,
+            "tree": TreeReduction,
+            "native": NativeReduction,
+        }
+        return kinds[self.reduction](self.placement, self.peers.index, self.peers.data, self.placement.num_ests)
+
+
+class Turns:
+    """How often the lead ran the closure in each optimizer step, so that the other ESTs follow.
+
+    The lead runs ahead of the others (`Executor`), so when another EST has run a closure, the lead has already either
+    begun the next one or finished the step.
+    """
+
+    def __init__(self) -> None:
+        self._closures: dict[tuple[int, int], int] = {}
+
+    def announce(self, optimizer: int, step: int, closures: int) -> None:
+        """The lead is about to run its `closures`-th closure of this step."""
+        self._closures[optimizer, step] = closures
+        self._closures.pop((optimizer, step - 2), None)
+
+    def closures(self, optimizer: int, step: int) -> int:
+        """How many closures the lead has begun in this step."""
+        return self._closures[optimizer, step]
+
+
+@contextmanager
+def _rank_variables_restored() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in _RANK_VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,570 @@
+"""`Trainer(strategy="easyscale")`: N logical workers on whatever devices there are.
+
+Each EST has its own clone of the strategy, which is the stock `DDPStrategy` over the virtual process group, with four
+differences: the parameters of all ESTs share storage, gradients are reduced in an order that does not depend on
+placement, only the lead EST's optimizers step, and checkpoints hold every EST's state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from . import _lightning as pl
+from . import determinism as det
+from .accelerator import device_types_of, devices_for_workers
+from .checkpoint import JobIdentity
+from .checkpointing import Checkpointing, EasyScaleCheckpointIO
+from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightning
+from .devices import DeviceType, pinned_environment
+from .environment import ensure_environment
+from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
+from .optimization import LeadState, ShownGradients, follow_lead, reads_before_step, reads_gradients
+from .placement import Placement
+from .reduction.collector import ESTDataParallel
+from .runtime.peers import connect
+from .runtime.writes import has_compiled
+from .seed import agree_on_seed
+from .session import Session
+from .snapshot import ESTState
+from .topology import Topology, find_topology
+from .virtual_environment import VirtualEnvironment
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class EasyScaleStrategy(DDPStrategy):
+    """Data-parallel training of `num_ests` logical workers, bit for bit like stock DDP with as many devices.
+
+    Args:
+        num_ests: N, the number of logical workers; default: the environment variable ``EASYSCALE_NUM_ESTS``, else the
+            number of devices. Must be given under torchrun.
+        determinism: ``"D0"``, ``"D1"``, ``"D0+D2"`` or ``"D1+D2"`` (``"D2"`` means the last).
+        reduction: order of gradient sums: ``"ddp"`` (gloo's), ``"tree"``, or ``"auto"``: ``"ddp"`` on CPU or for two
+            ESTs, else ``"tree"``.
+        pool: device types the job may ever use (D2); default: the types of the first placement.
+        threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``.
+        ests_per_executor: how many ESTs each device hosts, in device order; default: as even as possible.
+        step_seconds: seconds of one EST's step by device type; the planner then gives faster devices more ESTs.
+        gradient_offload: ``"host"`` keeps partial sums of the ``tree`` order in pinned host memory.
+        process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
+        timeout: how long an EST waits for the others.
+        start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        find_unused_parameters: as in `torch.nn.parallel.DistributedDataParallel`, and so the next four.
+        bucket_cap_mb: see there.
+        gradient_as_bucket_view: see there.
+        static_graph: see there.
+        broadcast_buffers: see there.
+        allow: fields of the fingerprint (``"torch"``, ``"cuda"``, ...) in which a checkpoint may differ on resume.
+
+    Raises:
+        ValueError: for an argument that cannot be honoured, with the value and the cure.
+    """
+
+    strategy_name = "easyscale"
+    topology: Topology
+    applies_device_types = True
+
+    def __init__(
+        self,
+        *,
+        num_ests: int | None = None,
+        determinism: str = "D1",
+        reduction: Literal["auto", "ddp", "tree"] = "auto",
+        pool: Sequence[str] | None = None,
+        threads_per_est: int | None = None,
+        ests_per_executor: Sequence[int] | None = None,
+        step_seconds: Mapping[str, float] | None = None,
+        gradient_offload: Literal["host"] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        find_unused_parameters: bool = False,
+        bucket_cap_mb: int | None = None,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        broadcast_buffers: bool = True,
+        allow: Sequence[str] = (),
+    ) -> None:
+        options: dict[str, Any] = {
+            "find_unused_parameters": find_unused_parameters,
+            "bucket_cap_mb": bucket_cap_mb,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+            "static_graph": static_graph,
+        }
+        if not broadcast_buffers:
+            # Passed on only where it says something: newer torch warns of the name.
+            options["broadcast_buffers"] = False
+        super().__init__(
+            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **options
+        )
+        self._check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
+        self.level = det.Level.parse(determinism)
+        self.session: Session | None = None
+        self._shown: ShownGradients | None = None
+        self._num_ests = num_ests
+        self._reduction = reduction
+        self._pool = tuple(pool) if pool is not None else None
+        self._threads = threads_per_est
+        self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
+        self._step_seconds = dict(step_seconds) if step_seconds is not None else None
+        self._gradient_offload = gradient_offload
+        self._backend_between_executors = process_group_backend
+        self._forward_redirection = pl.ForwardRedirection()
+        self._checkpointing = Checkpointing(self, allow=tuple(allow))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"
+
+    @staticmethod
+    def _check_arguments(num_ests: Any, reduction: Any, threads: Any, offload: Any) -> None:
+        if num_ests is not None and num_ests < 1:
+            raise ValueError(f"`num_ests={num_ests}` is not a number of workers. HINT: give at least 1.")
+        if reduction not in ("auto", "ddp", "tree"):
+            raise ValueError(f"`reduction={reduction!r}` is unknown. HINT: choose 'auto', 'ddp' or 'tree'.")
+        if threads is not None and threads < 1:
+            raise ValueError(f"`threads_per_est={threads}` is not a number of threads. HINT: give at least 1.")
+        if offload not in (None, "host"):
+            raise ValueError(f"`gradient_offload={offload!r}` is unknown. HINT: choose None or 'host'.")
+
+    # -- who and where -------------------------------------------------------------------------------------------
+    @property
+    def virtual_environment(self) -> VirtualEnvironment:
+        """The cluster as this strategy's EST sees it."""
+        environment = self.cluster_environment
+        assert isinstance(environment, VirtualEnvironment)
+        return environment
+
+    @property
+    def placement(self) -> Placement:
+        """Which ESTs each executor hosts."""
+        return self.topology.placement
+
+    @property
+    def num_ests(self) -> int:
+        """N, the size of the virtual world."""
+        return self.placement.num_ests
+
+    @property
+    def executor_index(self) -> int:
+        """Which executor this process is."""
+        return self.topology.executor
+
+    @property
+    def root_device(self) -> torch.device:
+        """The executor's device, shared by its ESTs."""
+        devices = self.parallel_devices
+        assert devices is not None
+        return devices[min(self.topology.position_on_host, len(devices) - 1)]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The sampler sees the virtual world."""
+        return {"num_replicas": self.placement.num_ests, "rank": self.global_rank}
+
+    @property
+    def num_processes(self) -> int:
+        """Executors of this host."""
+        return len(self.topology.local_executors)
+
+    @property
+    def virtual_backend(self) -> str:
+        """The backend that the reference run reports."""
+        return "nccl" if self.root_device.type == "cuda" and self.resolved_reduction == "native" else "gloo"
+
+    @property
+    def resolved_reduction(self) -> str:
+        """``"ddp"``, ``"tree"`` or, at level D0, ``"native"``."""
+        if not self.level.placement_independent:
+            return "native"
+        if self._reduction != "auto":
+            return self._reduction
+        return "ddp" if self.root_device.type == "cpu" or self.num_ests == 2 else "tree"
+
+    @property
+    def threads_per_est(self) -> int:
+        """CPU threads of each EST, a property of the job."""
+        return self._threads or det.default_threads(self.num_ests)
+
+    @cached_property
+    def device_types(self) -> tuple[DeviceType, ...]:
+        """The device type of each executor of this host."""
+        assert self.parallel_devices is not None
+        return device_types_of(self.parallel_devices)
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """The device types that the job may ever use."""
+        return self._pool or tuple(dict.fromkeys(t.name for t in self.device_types))
+
+    @cached_property
+    def type_environments(self) -> dict[int, dict[str, str]]:
+        """The environment that each executor of this host has to start with."""
+        emulated = any(t.emulated for t in self.device_types)
+        if self.level.heterogeneous:
+            outside = sorted({t.name for t in self.device_types} - set(self.pool))
+            if outside:
+                raise ValueError(
+                    f"the device type `{outside[0]}` is not in `pool={list(self.pool)}`, for which level {self.level}"
+                    " promises equal bits. HINT: run on types of the pool; a job's pool never grows."
+                )
+            pinned = pinned_environment(self.pool, emulate=emulated or None)
+            return dict.fromkeys(self.topology.local_executors, pinned)
+        types, local = self.device_types, self.topology.local_executors
+        return {e: dict(types[min(e - local[0], len(types) - 1)].environment) for e in local}
+
+    def set_world_ranks(self) -> None:
+        """Find out which executor this process is and place the ESTs; the lead EST's rank is in force until launch."""
+        environment = self.cluster_environment
+        if isinstance(environment, VirtualEnvironment):
+            if self.session is not None:
+                return
+            environment = environment.physical
+        assert environment is not None
+        assert self.parallel_devices is not None
+        self.topology = find_topology(
+            environment,
+            num_devices=len(self.parallel_devices),
+            num_nodes=self.num_nodes,
+            num_ests=self._num_ests,
+            ests_per_executor=self._ests_per_executor,
+            types=[t.name for t in self.device_types],
+            step_seconds=self._step_seconds,
+        )
+        if self.topology.under_torchrun:
+            self._follow_torchrun()
+        self.cluster_environment = self.topology.virtual_environment()
+        pl.set_rank(self.topology.lead)
+
+    def _follow_torchrun(self) -> None:
+        """Give each of the agent's workers a device, whatever the Trainer's `devices` and `num_nodes` say."""
+        assert self.parallel_devices is not None
+        given, workers = len(self.parallel_devices), len(self.topology.local_executors)
+        executors = self.placement.num_executors
+        if given * self.num_nodes != executors and self.executor_index == 0:
+            rank_zero_info(
+                f"EasyScale: torchrun has started {executors} processes; `devices` ({given}) and `num_nodes`"
+                f" ({self.num_nodes}) of the Trainer are ignored."
+            )
+        if given != workers:
+            self.parallel_devices = devices_for_workers(self.parallel_devices, workers)
+
+    # -- launch --------------------------------------------------------------------------------------------------
+    def _configure_launcher(self) -> None:
+        check_trainer(pl.trainer_flags(), self.precision_plugin)
+        if self._start_method == "popen" or not self.topology.starts_processes:
+            self._launcher = EasyScaleLauncher(self)
+            environment = self.type_environments[self.executor_index]
+            ensure_environment(environment, why=f"executor {self.executor_index} needs it for its device type")
+        else:
+            self._launcher = EasyScaleSpawnLauncher(self, self._start_method)
+
+    def run(self, trainer: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a trainer function on every EST of this executor; the first call forms the world."""
+        self.determinism_record = det.apply(self.level, threads=self.threads_per_est, device_type=self.root_device.type)
+        if self.session is None:
+            backend = self._backend_between_executors or ("nccl" if self.root_device.type == "cuda" else "gloo")
+            os.environ.setdefault("MASTER_ADDR", self.virtual_environment.main_address)
+            os.environ.setdefault("MASTER_PORT", str(self.virtual_environment.main_port))
+            timeout = self._timeout or default_pg_timeout
+            check_module(trainer.lightning_module)
+            peers = connect(self.executor_index, self.placement.num_executors, backend=backend, timeout=timeout)
+            agree_on_seed(peers)
+            self.session = Session(
+                self,
+                self.placement,
+                peers,
+                reduction=self.resolved_reduction,
+                device=self.root_device,
+                timeout=timeout.total_seconds(),
+            )
+            split = " + ".join(str(c) for c in self.placement.ests_per_executor)
+            rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
+        return self.session.run(trainer, function, args, kwargs)
+
+    def become(self, rank: int) -> None:
+        """Make this clone the strategy of another EST of the same executor."""
+        if self.global_rank == rank:
+            return
+        self.cluster_environment = self.virtual_environment.for_rank(rank)
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this strategy's EST leads its executor."""
+        return self.session is None or self.global_rank == self.session.lead
+
+    def setup_distributed(self) -> None:
+        """Nothing to connect: the virtual world is in force."""
+        pl.reset_seed()
+        torch.set_num_threads(self.threads_per_est)
+        self._process_group_backend = self.virtual_backend
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ESTs; between trainer calls, for all executors."""
+        if self.session is not None and not self.session.running:
+            self.session.peers.agree("barrier")
+        else:
+            super().barrier(*args, **kwargs)
+
+    # -- model and optimizers --------------------------------------------------------------------------------------
+    def setup(self, trainer: Trainer) -> None:
+        """Set up as stock DDP does; what it does to parameters is no write of the user's."""
+        module = self.lightning_module
+        assert module is not None
+        # A compiled forward would be traced with the guard, and its backward make gradients in another order.
+        self._watches_steps = not module.automatic_optimization and not has_compiled(module)
+        with self._watching_writes(False):
+            super().setup(trainer)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step; only under manual optimization, uncompiled, may it write to parameters."""
+        with self._watching_writes(self._watches_steps):
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step."""
+        with self._watching_writes(False):
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step."""
+        with self._watching_writes(False):
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step."""
+        with self._watching_writes(False):
+            return super().predict_step(*args, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The backward pass."""
+        with self._watching_writes(False):
+            return super().backward(*args, **kwargs)
+
+    def _watching_writes(self, on: bool) -> AbstractContextManager[None]:
+        """Whether writes to the shared parameters are looked at (`runtime.writes`) inside the block."""
+        if self.session is None or not self.session.running:
+            return nullcontext()
+        return self.session.watching_writes(self.global_rank, on)
+
+    def model_to_device(self) -> None:
+        """Move the lead's parameters to the device and let the other ESTs alias them."""
+        assert self.model is not None
+        if not self.is_lead:
+            self._alias_parameters(self.model)
+        super().model_to_device()
+        if self.is_lead and self.session is not None:
+            self.session.shared.set(list(self.model.parameters()))
+
+    def _alias_parameters(self, model: Module) -> None:
+        assert self.session is not None
+        leading = self.session.strategies[self.session.lead].lightning_module
+        assert leading is not None
+        lead = dict(leading.named_parameters(remove_duplicate=False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in lead:
+                parameter.data = lead[name].data
+
+    def _setup_model(self, model: Module) -> Any:
+        session, options = self.session, self._ddp_kwargs
+        assert session is not None
+        if self.resolved_reduction == "tree":
+            pl.sync_module_states(model)
+            private = reads_before_step(self.lightning_module) or hasattr(self.precision_plugin, "scaler")
+            return session.wrap_in_tree(
+                self.global_rank, model, options, private_gradients=private, offload=self._gradient_offload
+            )
+        private = len(session.ests) > 1 and self._private_gradients
+        group = session.gradient_group(self.global_rank)
+        self._ddp_kwargs = {**options, "process_group": group}
+        if not (private or self.is_lead):
+            # Nobody looks at this EST's buckets, so they need not be copied into gradients.
+            self._ddp_kwargs["gradient_as_bucket_view"] = True
+        try:
+            wrapped = super()._setup_model(model)
+        finally:
+            self._ddp_kwargs = options
+        session.collect_gradients(
+            self.global_rank,
+            wrapped,
+            group,
+            saved_layout=self._checkpointing.saved_layout,
+            bucket_cap_mb=options["bucket_cap_mb"],
+            rebuilds=options["static_graph"] or not options["find_unused_parameters"],
+            private_gradients=private,
+        )
+        return wrapped
+
+    @property
+    def _private_gradients(self) -> bool:
+        """Whether every EST needs reduced gradients of its own, under an order that is collected by DDP."""
+        options = self._ddp_kwargs
+        scaled = getattr(self.precision_plugin, "scaler", None) is not None
+        unusual = options["find_unused_parameters"] or options["static_graph"] or self.resolved_reduction == "tree"
+        return scaled or unusual or reads_gradients(self.lightning_module)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate gradients without reducing them."""
+        if isinstance(self.model, (DistributedDataParallel, ESTDataParallel)):
+            with self.model.no_sync():
+                yield
+        else:
+            yield
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Prepare the module's gradients; manual optimization: reduce the backward that follows."""
+        super().pre_backward(closure_loss)
+        if self._shown is not None:
+            self._shown.part()
+        module = self.lightning_module
+        if isinstance(self.model, ESTDataParallel) and module is not None and not module.automatic_optimization:
+            self.model.prepare_for_backward()
+
+    def _register_ddp_hooks(self) -> None:
+        """The communication hook is the runtime's own."""
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Create optimizers; only the lead's step."""
+        super().setup_optimizers(trainer)
+        assert self.session is not None
+        if self.is_lead:
+            self.session.lead_optimizers = self.optimizers
+        if len(self.session.ests) > 1:
+            meet = self._meet_before_step if reads_before_step(self.lightning_module) else None
+            reduced = self._shown = None
+            if not self._private_gradients:
+                assert self.lightning_module is not None
+                shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
+                reduced = shown.keep if self.is_lead else shown.show
+                self._shown = None if self.is_lead else shown
+            for index, optimizer in enumerate(self.optimizers):
+                follow_lead(
+                    optimizer,
+                    index,
+                    self.session.turns,
+                    is_lead=self.is_lead,
+                    meet=meet,
+                    reduced=reduced,
+                    watching_writes=self._watching_writes,
+                )
+            self._show_lead_state()
+
+    def _show_lead_state(self) -> None:
+        assert self.session is not None
+        if not self.is_lead:
+            for optimizer, lead in zip(self.optimizers, self.session.lead_optimizers, strict=True):
+                optimizer.state = LeadState(optimizer, lead)  # type: ignore[assignment]
+        # Lightning's wrappers copy attributes when they are made.
+        self.optimizers = self.optimizers
+
+    def _meet_before_step(self) -> None:
+        assert self.session is not None
+        self.session.meet_locally(self.global_rank, "before_optimizer_step")
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the state into the lead's optimizers; the others take the parameter groups only."""
+        if self.is_lead:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict({**state, "state": {}})
+        self._show_lead_state()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Ours, which commits atomically and verifies, unless the user gave another."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = EasyScaleCheckpointIO()
+        elif isinstance(self._checkpoint_io, AsyncCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = EasyScaleCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    @property
+    def identity(self) -> JobIdentity:
+        """What a checkpoint and the job that resumes it must share."""
+        return JobIdentity(
+            num_ests=self.num_ests,
+            level=str(self.level),
+            pool=tuple(sorted(self.pool)) if self.level.heterogeneous else (),
+            reduction=self.resolved_reduction,
+            threads_per_est=self.threads_per_est,
+        )
+
+    def est_state(self) -> ESTState:
+        """What this EST saves and restores beyond a Lightning checkpoint."""
+        assert self.session is not None
+        assert self.lightning_module is not None
+        generators = self.session.contexts[self.global_rank].generators
+        return ESTState(self.lightning_module.trainer, generators, self._checkpointing.follower)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Follow the position of training loaders."""
+        module = self.lightning_module
+        if module is not None and module.trainer.training:
+            self._checkpointing.follower.attach(dataloader)
+        return dataloader
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a Lightning checkpoint with every EST's state in its ``easyscale`` entry."""
+        # Without a session the ESTs lived in processes that have ended (`start_method="spawn"`).
+        if "optimizer_states" in checkpoint and self.session is not None:
+            self._checkpointing.complete(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; a `fit` that resumes it must be the same job."""
+        return self._checkpointing.load(checkpoint_path, weights_only)
+
+    def on_train_start(self) -> None:
+        """Restore what is the EST's own."""
+        self._checkpointing.resume()
+
+    def teardown(self) -> None:
+        """Keep parameters shared when the lead's move to the CPU, once every EST has done its last step."""
+        session = self.session
+        if session is not None and session.running and not session.executor.failed and len(session.ests) > 1:
+            session.meet_locally(self.global_rank, "teardown")
+        with self._watching_writes(False):
+            if not self.is_lead and self.lightning_module is not None:
+                self._alias_parameters(self.lightning_module)
+            if isinstance(self.model, ESTDataParallel):
+                self.model.remove_hooks()
+                self.model = self.lightning_module
+            super().teardown()
+        if self.is_lead and session is not None:
+            session.shared.refresh()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register ``easyscale`` and one name per determinism level."""
+        levels = ("D0", "D1", "D0+D2", "D1+D2")
+        names = {"easyscale": "D1", **{f"easyscale_{x.lower().replace('+', '_')}": x for x in levels}}
+        refuse_in_pytorch_lightning(tuple(names))
+        for name, level in names.items():
+            strategy_registry.register(
+                name, cls, description=f"Elastic data parallelism, determinism level {level}", determinism=level
+            )
+
+
+if "easyscale" not in StrategyRegistry:
+    EasyScaleStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,141 @@
+"""Which executors a job has, which of them this process is, and which ESTs each one hosts.
+
+Three ways lead to a process: the launcher of this package started it and numbered it (`EXECUTOR_VARIABLE`); something
+else did (torchrun, Slurm, the user) and the cluster environment numbers it; or it is the user's own script, executor 0
+of its host, which has yet to start the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
+
+from .placement import Placement
+from .planning import plan
+from .virtual_environment import VirtualEnvironment
+
+EXECUTOR_VARIABLE = "EASYSCALE_EXECUTOR"
+"""Names the executor in processes that a launcher of ours has started."""
+
+NUM_ESTS_VARIABLE = "EASYSCALE_NUM_ESTS"
+"""N where `num_ests` is not given."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The executors of a job, seen from one of them.
+
+    Args:
+        placement: which ESTs each executor hosts.
+        executor: the executor that this process is.
+        local_executors: the executors of this host.
+        starts_processes: whether this process has to start the other executors of its host.
+        under_torchrun: whether torchrun decides about processes.
+        physical: the environment that numbers processes.
+    """
+
+    placement: Placement
+    executor: int
+    local_executors: range
+    starts_processes: bool
+    under_torchrun: bool
+    physical: ClusterEnvironment
+
+    @property
+    def lead(self) -> int:
+        """The lowest EST rank of this executor."""
+        return self.placement.ranges[self.executor][0]
+
+    @property
+    def first_rank_of_host(self) -> int:
+        """The lowest EST rank on this host."""
+        return self.placement.ranges[self.local_executors[0]][0]
+
+    @property
+    def position_on_host(self) -> int:
+        """Which of the host's executors this process is."""
+        return self.executor - self.local_executors[0]
+
+    def virtual_environment(self) -> VirtualEnvironment:
+        """The cluster as the lead EST sees it."""
+        return VirtualEnvironment(
+            self.physical,
+            rank=self.lead,
+            local_rank=self.lead - self.first_rank_of_host,
+            num_ests=self.placement.num_ests,
+        )
+
+
+def find_topology(
+    physical: ClusterEnvironment,
+    *,
+    num_devices: int,
+    num_nodes: int,
+    num_ests: int | None,
+    ests_per_executor: Sequence[int] | None,
+    types: Sequence[str] = (),
+    step_seconds: Mapping[str, float] | None = None,
+) -> Topology:
+    """Find out which executor this process is, and place the ESTs.
+
+    Args:
+        physical: the environment that numbers processes.
+        num_devices: devices of this host, as the Trainer was told.
+        num_nodes: hosts, as the Trainer was told.
+        num_ests: N, if it was given.
+        ests_per_executor: how many ESTs each executor hosts; by default as even as possible.
+        types: device type of each executor of this host.
+        step_seconds: seconds of one EST's step per device type, from which the planner balances the ESTs.
+
+    Raises:
+        ValueError: if N is unknown under torchrun, or the ESTs do not fit the executors.
+    """
+    ours = os.environ.get(EXECUTOR_VARIABLE)
+    torchrun = isinstance(physical, TorchElasticEnvironment)
+    if physical.creates_processes_externally and ours is None:
+        if isinstance(physical, LightningEnvironment):
+            physical.set_world_size(num_nodes * num_devices)
+            physical.set_global_rank(physical.node_rank() * num_devices + physical.local_rank())
+        executors, executor = physical.world_size(), physical.global_rank()
+        first = executor - physical.local_rank()
+        per_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_devices))
+    else:
+        executors, per_host = num_nodes * num_devices, num_devices
+        first = physical.node_rank() * num_devices
+        executor = int(ours) if ours is not None else first
+    counts = ests_per_executor
+    if counts is None and step_seconds is not None:
+        if len(types) != executors:
+            raise ValueError(
+                f"`step_seconds` balances the devices of one host, but {executors - len(types)} of the {executors}"
+                " executors run elsewhere. HINT: give `ests_per_executor`."
+            )
+        counts = plan(num_ests or executors, types, step_seconds, use_every_device=True).ests_per_device
+    return Topology(
+        placement=_place(executors, num_ests, counts, torchrun=torchrun),
+        executor=executor,
+        local_executors=range(first, first + per_host),
+        starts_processes=ours is None and not physical.creates_processes_externally,
+        under_torchrun=torchrun and ours is None,
+        physical=physical,
+    )
+
+
+def _place(executors: int, num_ests: int | None, counts: Sequence[int] | None, *, torchrun: bool) -> Placement:
+    given = num_ests or int(os.environ.get(NUM_ESTS_VARIABLE, 0)) or (sum(counts) if counts is not None else None)
+    if given is None and torchrun:
+        raise ValueError(
+            "`num_ests` must be given under torchrun, where the number of devices may change."
+            f" HINT: `EasyScaleStrategy(num_ests=...)` or the environment variable {NUM_ESTS_VARIABLE}."
+        )
+    if counts is None:
+        return Placement.even(given or executors, executors)
+    if len(counts) != executors:
+        raise ValueError(
+            f"`ests_per_executor={list(counts)}` names {len(counts)} devices, but the Trainer runs on {executors}."
+            " HINT: give one count per device."
+        )
+    return Placement.check(counts, given or executors)

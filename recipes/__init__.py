@@ -1,0 +1,1 @@
+"""Runnable experiments: each writes raw results, figures and a report."""

@@ -1,0 +1,168 @@
+"""One run in processes of its own: a reference run, or one stage of an EasyScale job.
+
+``python -m recipes._stage spec.json``. The launcher of the strategy starts the same command again for the other ranks
+or executors, so everything a process must know is in the file, as plain JSON. A stage over several hosts is started by
+one torchrun agent per host instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides a run.
+
+    Args:
+        kind: ``reference`` (stock DDP, one process per worker) or ``easyscale``.
+        name: for logs.
+        level: ``d0``, ``d1``, ``d0+d2`` or ``d1+d2``.
+        num_ests: N.
+        devices: of an EasyScale stage, as Lightning's ``devices``: ``"v100:1,p100:2"``.
+        ests_per_executor: of an EasyScale stage, in device order.
+        hosts: of an EasyScale stage over several hosts, the ``devices`` of each; empty on one host.
+        pool: device types of all stages.
+        emulate: whether types are emulated.
+        threads: CPU threads per worker.
+        seed: for ``seed_everything``.
+        first_step: optimizer steps done before.
+        end_step: optimizer steps done afterwards, where a checkpoint is taken.
+        digest_at: optimizer steps after which the state is digested.
+        record: directory of the run record.
+        save: the checkpoint to write.
+        resume: the checkpoint to start from.
+        data: file of the data.
+        workload: fields of `WorkloadConf`.
+        trainer: arguments of the Trainer.
+        reduction: order of gradient reduction.
+        process_group_backend: of the workers; None: the device's own.
+    """
+
+    kind: str
+    name: str
+    level: str
+    num_ests: int
+    devices: str
+    ests_per_executor: tuple[int, ...]
+    pool: tuple[str, ...]
+    emulate: bool
+    threads: int
+    seed: int
+    first_step: int
+    end_step: int
+    digest_at: tuple[int, ...]
+    record: str
+    save: str
+    resume: str | None
+    data: str
+    workload: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    reduction: str = "auto"
+    process_group_backend: str | None = None
+    hosts: tuple[str, ...] = ()
+
+    def dumps(self) -> str:
+        """As JSON; equal text means an equal run."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def load(cls, file: str | Path) -> RunSpec:
+        """Read what :meth:`dumps` wrote."""
+        plain: dict[str, Any] = json.loads(Path(file).read_text())
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        return cls(**fields)
+
+
+def run(spec: RunSpec) -> None:
+    """Train from ``first_step`` to ``end_step``."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Checkpoint
+
+    from lightning_easyscale.callbacks import RunRecord
+
+    from ._workloads import Classifier, DigitsData, build_net
+
+    class SaveAtEnd(Checkpoint):
+        """Takes the on-demand checkpoint; as a `Checkpoint`, it comes after every other callback."""
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == spec.end_step:
+                trainer.save_checkpoint(spec.save)
+
+    pl.seed_everything(spec.seed, workers=True, verbose=False)
+    shape = {key: spec.workload[key] for key in ("image_size", "channels")}
+    net = build_net(spec.workload["model"], spec.workload["source"], **shape)
+    arguments = _reference_arguments(spec) if spec.kind == "reference" else _easyscale_arguments(spec)
+    callbacks = [RunRecord(spec.record, digest_at=spec.digest_at), *arguments.pop("callbacks", ()), SaveAtEnd()]
+    trainer = pl.Trainer(
+        **arguments,
+        callbacks=callbacks,
+        max_epochs=-1,
+        max_steps=spec.end_step,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **spec.trainer,
+    )
+    trainer.fit(
+        Classifier(net, lr=spec.workload["lr"]),
+        datamodule=DigitsData(spec.data, batch_size=spec.workload["batch_size"], **shape),
+        ckpt_path=spec.resume,
+    )
+
+
+def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
+    """Stock DDP: nothing of ours but the level's flags."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lightning_easyscale.callbacks import DeterminismCallback
+    from lightning_easyscale.devices import device_type
+
+    heterogeneous = spec.level.endswith("d2")
+    return {
+        "strategy": DDPStrategy(process_group_backend=spec.process_group_backend),
+        "accelerator": device_type(spec.pool[0], emulate=spec.emulate).kind,
+        "devices": spec.num_ests,
+        "callbacks": [
+            DeterminismCallback(
+                spec.level, threads=spec.threads, pool=spec.pool if heterogeneous else None, emulate=spec.emulate
+            )
+        ],
+    }
+
+
+def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
+    from lightning_easyscale import EasyScaleStrategy
+    from lightning_easyscale.accelerator import EasyScaleAccelerator
+
+    strategy = EasyScaleStrategy(
+        num_ests=spec.num_ests,
+        determinism=spec.level,
+        reduction=spec.reduction,  # type: ignore[arg-type]
+        pool=spec.pool if spec.level.endswith("d2") else None,
+        threads_per_est=spec.threads,
+        ests_per_executor=spec.ests_per_executor,
+        process_group_backend=spec.process_group_backend,
+    )
+    # over several hosts, torchrun started this process and says which of them this is
+    here = spec.hosts[int(os.environ["GROUP_RANK"])] if spec.hosts else spec.devices
+    return {
+        "strategy": strategy,
+        "accelerator": EasyScaleAccelerator(emulate=spec.emulate),
+        "devices": here,
+        "num_nodes": max(len(spec.hosts), 1),
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    run(RunSpec.load(sys.argv[1]))

@@ -1,0 +1,310 @@
+"""What running ESTs costs, against stock Lightning doing the same work.
+
+``python -m recipes.overhead`` compares, in interleaved runs (each side in processes of its own, taking turns block by
+block):
+
+- ``est_vs_accumulation``: k ESTs in one process / stock single process with ``accumulate_grad_batches=k``;
+- ``est_vs_ddp``: one EST on each of P executors / stock DDP on P;
+- ``switch``: a hand-over of the baton by itself, and an EST's step of a module that does nothing;
+- ``memory``: what one more EST needs beyond the parameters that all share;
+- ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs).
+
+Every number is the median of the blocks, with the least and the greatest; a ratio is that of neighbouring blocks, so a
+slow spell of the machine falls on both sides. Into ``hydra.run.dir`` go ``overhead.json`` (all blocks),
+``overhead.csv`` and ``overhead.png``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from lightning_easyscale import determinism
+
+from . import _bench_figure
+from ._bench_config import OverheadConf, check, register
+from ._bench_runs import interleave
+from ._bench_switch import time_switches
+from ._bench_worker import COLLECTIVES, Side
+from ._config import ConfigError
+from ._runs import RunFailedError
+
+register()
+
+AIMS = {"ratio_resnet18": 1.02, "switch_us": 150.0}
+
+Row = dict[str, Any]
+
+
+class Bench:
+    """Runs the comparisons of a configuration.
+
+    Args:
+        conf: the configuration.
+        directory: where sides keep their files.
+    """
+
+    def __init__(self, conf: OverheadConf, directory: Path) -> None:
+        self.conf = conf
+        self.directory = directory
+        gpu = conf.accelerator == "gpu" or (conf.accelerator == "auto" and torch.cuda.is_available())
+        self.accelerator = "gpu" if gpu else "cpu"
+        self.threads = conf.threads or determinism.default_threads(conf.ests)
+        self.raw: dict[str, Any] = {}
+
+    def est_vs_accumulation(self) -> list[Row]:
+        """(a) of the module's list, for ResNet-18 and the tiny model."""
+        k, rows = self.conf.ests, []
+        for model in ("resnet18", "tiny"):
+            name = f"est_vs_accumulation {model}"
+            results = self._compare(name, model, easyscale=("easyscale", k, 1), accumulation=("accumulate", k, 1))
+            aim = AIMS["ratio_resnet18"] if model == "resnet18" else None
+            rows.append(_ratio(name, f"{k} ESTs / accumulation over {k}", *results.values(), aim=aim))
+            rows.append(_ratio(name, "the same, CPU time", *results.values(), key="cpu"))
+            rows += _counts(name, results["easyscale"], self.conf.bench.models[model].steps)
+        return rows
+
+    def est_vs_ddp(self) -> list[Row]:
+        """(b): processes side by side."""
+        p, rows = self.conf.executors, []
+        if self.accelerator == "gpu" and torch.cuda.device_count() < p:
+            return []
+        for model in ("resnet18", "tiny"):
+            name = f"est_vs_ddp {model}"
+            results = self._compare(name, model, easyscale=("easyscale", p, p), ddp=("ddp", p, p))
+            aim = AIMS["ratio_resnet18"] if model == "resnet18" else None
+            rows.append(_ratio(name, f"{p} executors of one EST / DDP on {p}", *results.values(), aim=aim))
+            rows.append(_ratio(name, "the same, CPU time", *results.values(), key="cpu"))
+            rows += _counts(name, results["easyscale"], self.conf.bench.models[model].steps)
+        return rows
+
+    def switch(self) -> list[Row]:
+        """(c): hand-overs alone, and steps of a module that does nothing."""
+        k, bench = self.conf.ests, self.conf.bench
+        device = torch.device("cuda" if self.accelerator == "gpu" else "cpu")
+        alone = time_switches(ests=k, device=device, blocks=bench.blocks, rounds=10 * bench.calls)
+        self.raw["switch"] = alone
+        rows = [_row("switch", f"hand-over among {k} ESTs", "us", [1e6 * s for s in alone], aim=AIMS["switch_us"])]
+        results = self._compare(
+            "switch empty",
+            "empty",
+            easyscale=("easyscale", k, 1),
+            accumulation=("accumulate", k, 1),
+            ddp=("ddp", 1, 1),
+        )
+        per_est = [entry["seconds"] / k for entry in results["easyscale"]]
+        for other, share in (("ddp", 1), ("accumulation", k)):
+            beyond = [1e6 * (a - b["seconds"] / share) for a, b in zip(per_est, results[other], strict=True)]
+            stock = "a stock DDP rank's" if other == "ddp" else "a stock accumulated batch's"
+            rows.append(_row("switch empty", f"an EST's step beyond {stock}", "us", beyond))
+        return rows
+
+    def memory(self) -> list[Row]:
+        """(d): growth with the number of ESTs in one process."""
+        k, rows = self.conf.ests, []
+        key = "allocated" if self.accelerator == "gpu" else "rss"
+        shared = sum(p.numel() * p.element_size() for p in _resnet18_parameters())
+        rows.append(_row("memory resnet18", "parameters, shared by all ESTs", "MiB", [shared / 2**20]))
+        for reduction in dict.fromkeys((self.conf.reduction, "tree")):
+            name = f"memory resnet18 {reduction}"
+            sides = {"one": ("easyscale", 1, 1), "many": ("easyscale", k, 1)}
+            results = self._compare(name, "resnet18", blocks=3, reduction=reduction, **sides)
+            for what, label in ((key, "one more EST"), ("peak_rss", "one more EST, peak of the process")):
+                grown = [
+                    (b[what] - a[what]) / (k - 1) / 2**20 for a, b in zip(results["one"], results["many"], strict=True)
+                ]
+                rows.append(_row(name, f"{label} ({reduction} order)", "MiB", grown))
+        return rows
+
+    def collectives(self) -> list[Row]:
+        """(e): calls of one EST or rank."""
+        k, p, rows = self.conf.ests, self.conf.executors, []
+        sides = {f"{k} ESTs on 1": ("easyscale", k, 1)}
+        if self.accelerator == "cpu" or torch.cuda.device_count() >= p:
+            sides |= {f"{p} ESTs on {p}": ("easyscale", p, p), f"stock DDP on {p}": ("ddp", p, p)}
+        results = self._compare("collectives", "collectives", **sides)
+        for call in COLLECTIVES:
+            for name, entries in results.items():
+                # The ESTs of one process take turns: a round of them is k calls.
+                share = k if name.endswith("on 1") else 1
+                rows.append(_row("collectives", f"{call}: {name}", "us", [1e6 * e[call] / share for e in entries]))
+        return rows
+
+    def _compare(
+        self,
+        name: str,
+        model: str,
+        *,
+        blocks: int | None = None,
+        reduction: str | None = None,
+        **sides: tuple[str, int, int],
+    ) -> dict[str, list[dict[str, Any]]]:
+        bench = self.conf.bench
+        size = bench.models["empty" if model == "collectives" else model]
+        made = {
+            side: Side(
+                kind=kind,
+                model=model,
+                workers=workers,
+                executors=executors,
+                image_size=size.image_size,
+                batch_size=size.batch_size,
+                steps=bench.calls if model == "collectives" else size.steps,
+                blocks=blocks or bench.blocks,
+                warmup=size.warmup,
+                accelerator=self.accelerator,
+                threads=self.threads,
+                reduction=reduction or self.conf.reduction,
+                directory=str(self.directory / "sides" / f"{name} {side}".replace(" ", "_")),
+            )
+            for side, (kind, workers, executors) in sides.items()
+        }
+        for side in made.values():
+            for file in ("go", "done", "ready"):
+                (Path(side.directory) / file).unlink(missing_ok=True)
+        self.raw[name] = results = interleave(made, timeout_s=self.conf.timeout_s)
+        return results
+
+
+def _row(comparison: str, what: str, unit: str, values: Sequence[float], *, aim: float | None = None) -> Row:
+    middle = statistics.median(values)
+    return {
+        "comparison": comparison,
+        "what": what,
+        "unit": unit,
+        "median": middle,
+        "min": min(values),
+        "max": max(values),
+        "blocks": len(values),
+        "aim": aim,
+    }
+
+
+def _ratio(
+    comparison: str,
+    what: str,
+    ours: list[dict[str, Any]],
+    stock: list[dict[str, Any]],
+    *,
+    key: str = "seconds",
+    aim: float | None = None,
+) -> Row:
+    row = _row(comparison, what, "x", [a[key] / b[key] for a, b in zip(ours, stock, strict=True)], aim=aim)
+    for name, entries in (("ours_ms", ours), ("stock_ms", stock)):
+        row[name] = 1e3 * statistics.median(entry[key] for entry in entries)
+    return row
+
+
+def _counts(comparison: str, entries: list[dict[str, Any]], steps: int) -> list[Row]:
+    """Switches, rendezvous and physical collectives of an executor per step, between the first and the last block."""
+    first, last = entries[0]["counts"], entries[-1]["counts"]
+    between = max(len(entries) - 1, 1) * steps
+    names = {"switches": "switches", "meetings": "rendezvous", "physical": "physical control collectives"}
+    return [
+        _row(comparison, f"{label} per step and executor", "", [(last[name] - first[name]) / between])
+        for name, label in names.items()
+    ]
+
+
+def _resnet18_parameters() -> list[torch.nn.Parameter]:
+    from ._bench_models import resnet18
+
+    return list(resnet18().parameters())
+
+
+def measure(conf: OverheadConf, directory: Path, console: Console) -> dict[str, Any]:
+    """Run the comparisons; returns the content of ``overhead.json``."""
+    bench = Bench(conf, directory)
+    rows: list[Row] = []
+    for name in dict.fromkeys(conf.only):
+        console.print(f"{name} ...")
+        rows += getattr(bench, name)()
+    gpu = torch.cuda.get_device_name() if bench.accelerator == "gpu" else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": gpu or _cpu_name(),
+        "cpu_count": determinism.default_threads(1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads_per_process": bench.threads,
+        "reduction": conf.reduction,
+        "ests": conf.ests,
+        "executors": conf.executors,
+        "models": {name: vars(model) for name, model in conf.bench.models.items()},
+        "rows": rows,
+        "blocks": bench.raw,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(report: dict[str, Any]) -> Table:
+    """All rows; a missed aim stands out."""
+    out = Table(title=f"{report['device']}, torch {report['torch']}, {report['date']}")
+    for column in ("comparison", "what", "median", "min", "max", "aim", "ms ours / stock"):
+        out.add_column(column, justify="left" if column in ("comparison", "what") else "right")
+    for row in report["rows"]:
+        digits = 3 if row["unit"] == "x" else 1
+        middle, low, high = (f"{row[key]:.{digits}f}" for key in ("median", "min", "max"))
+        aim = row["aim"]
+        if aim is not None:
+            middle = f"[{'green' if row['median'] <= aim else 'bold red'}]{middle}[/]"
+        pair = f"{row['ours_ms']:.2f} / {row['stock_ms']:.2f}" if "ours_ms" in row else ""
+        out.add_row(row["comparison"], row["what"], f"{middle} {row['unit']}", low, high, f"{aim}" if aim else "", pair)
+    return out
+
+
+def write(report: dict[str, Any], directory: Path) -> None:
+    """``overhead.json`` and ``overhead.csv``."""
+    (directory / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
+    columns = ("comparison", "what", "unit", "median", "min", "max", "blocks", "aim", "ours_ms", "stock_ms")
+    with (directory / "overhead.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(report["rows"])
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="overhead")
+def main(config: DictConfig) -> None:
+    """Command line."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    conf = OmegaConf.to_object(config)
+    assert isinstance(conf, OverheadConf)
+    directory = Path(HydraConfig.get().runtime.output_dir).resolve()
+    try:
+        check(conf)
+        file = directory / "overhead.json"
+        if not conf.plot_only:
+            write(measure(conf, directory, console), directory)
+        elif not file.exists():
+            raise ConfigError(f"`plot_only=true` finds no overhead.json in {directory}. HINT: say hydra.run.dir=DIR.")
+        report = json.loads(file.read_text())
+        _bench_figure.draw(directory / "overhead.png", report)
+        console.print(table(report))
+        console.print(f"{file}\n{directory / 'overhead.png'}")
+    except (ConfigError, RunFailedError) as error:
+        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

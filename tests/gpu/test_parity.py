@@ -1,0 +1,110 @@
+"""On a GPU: every placement of N ESTs equals stock DDP of N processes, bit for bit.
+
+With one GPU the N processes of the reference share it over gloo, and so do several executors. With two GPUs the
+reference for N = 2 runs over NCCL, one process per GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_easyscale.compare import compare
+from lightning_easyscale.record import Record
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+STEPS = 10  # 256 samples, N = 4, batch 8: eight batches an epoch
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: Any) -> Path:
+    """Run a job in `processes` processes that share the first GPU, or have one each; returns its record."""
+    record = folder / name
+    full = {
+        "record": str(record),
+        "save": str(folder / f"{name}.ckpt"),
+        "resume": None,
+        "digest_at": [4, 7, STEPS],
+        "steps": STEPS,
+        "split": None,
+        "reduction": "auto",
+        "backend": "gloo",
+        "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+        "precision": "32-true",
+        "metrics": True,
+        "devices": 1 if share else processes,
+        "num_nodes": processes if share else 1,
+        **spec,
+    }
+    file = folder / f"{name}.{full['steps']}.json"
+    file.write_text(json.dumps(full))
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONPATH": str(ROOT)}
+    workers = []
+    for i in range(processes):
+        ranks = {"NODE_RANK": str(i), "LOCAL_RANK": "0"} if share else {"NODE_RANK": "0", "LOCAL_RANK": str(i)}
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.gpu.job", str(file)],
+                cwd=ROOT,
+                env={**base, **ranks},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [w.communicate(timeout=500)[0] for w in workers]
+    failed = [o for w, o in zip(workers, outputs, strict=True) if w.returncode]
+    assert not failed, failed[0][-4000:]
+    return record
+
+
+def assert_equal(ours: Path, reference: Path) -> None:
+    assert len(Record.load(ours).ests) == len(Record.load(reference).ests)
+    difference = compare(ours, reference)
+    assert difference is None, str(difference)
+
+
+@pytest.mark.parametrize("model", ["resnet", "transformer"])
+@pytest.mark.parametrize("reduction", ["ddp", "tree"])
+def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, model, reduction):
+    common = {"n": 4, "model": model, "reduction": reduction, "metrics": False}
+    reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
+    assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[4], **common), reference)
+    # 4 -> 3 + 1 -> 1 + 3, handed over in mid-epoch.
+    ckpt = str(tmp_path / "moved.ckpt")
+    common["kind"] = "easyscale"
+    moved = run(tmp_path, "moved", processes=1, split=[4], steps=4, **common)
+    run(tmp_path, "moved", processes=2, split=[3, 1], steps=7, resume=ckpt, **common)
+    run(tmp_path, "moved", processes=2, split=[1, 3], resume=ckpt, **common)
+    assert_equal(moved, reference)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_equals_stock(tmp_path, precision):
+    common = {"n": 2, "model": "transformer", "precision": precision}
+    reference = run(tmp_path, "reference", processes=2, kind="ddp", **common)
+    assert_equal(run(tmp_path, "ours", processes=1, kind="easyscale", split=[2], **common), reference)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("model", ["resnet", "transformer"])
+def test_two_ests_equal_stock_over_nccl(tmp_path, model):
+    common = {"n": 2, "model": model, "backend": "nccl"}
+    reference = run(tmp_path, "reference", processes=2, share=False, kind="ddp", **common)
+    assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[2], **common), reference)
+    spread = run(tmp_path, "two", processes=2, share=False, kind="easyscale", split=[1, 1], **common)
+    assert_equal(spread, reference)

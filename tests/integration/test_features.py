@@ -1,0 +1,43 @@
+"""Every feature of stock DDP, with the bits of stock DDP."""
+
+from __future__ import annotations
+
+import pytest
+
+from .harness import RunFailedError, Runs, compare
+from .scenario import FEATURES, Feature
+
+PLACEMENTS = {2: [(2,), (1, 1)], 3: [(3,), (2, 1)], 4: [(4,), (1, 3)]}
+
+
+def cases() -> list[object]:
+    found: list[object] = []
+    for index, item in enumerate(FEATURES):
+        worlds = item.worlds or ((3, 2, 4)[index % 3],)
+        marks = [pytest.mark.xfail(strict=True, reason=item.xfail)] if item.xfail else []
+        for n in worlds:
+            for placement in PLACEMENTS[n]:
+                name = f"{item.name}-{'+'.join(map(str, placement))}".replace(" ", "_")
+                found.append(pytest.param(item, placement, id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("item", "placement"), cases())
+def test_feature_equals_stock_ddp(runs: Runs, item: Feature, placement: tuple[int, ...]) -> None:
+    config = dict(item.config)
+    if "skip_without" in config:
+        pytest.importorskip(config["skip_without"])
+    reference = runs.reference(item.build, config, sum(placement))
+    got = runs.easyscale(item.build, config, placement)
+    if item.same_error:
+        errors = [e for e in reference.errors if e is not None and e["type"] == item.same_error]
+        assert errors, reference.errors
+        # Every executor ends, and the first to fail shows the very error.
+        assert all(got.errors)
+        shown = [(e["type"], e["message"]) for e in got.errors]
+        assert (errors[0]["type"], errors[0]["message"]) in shown, shown
+        return
+    for name, outcome in (("reference", reference), ("run", got)):
+        if outcome.error is not None:
+            raise RunFailedError(f"the {name} failed: {outcome.error['traceback']}\n{outcome.error['log']}")
+    compare(reference, got, files=item.files)

@@ -1,0 +1,60 @@
+"""Each level promises what it says and no more: D0 ends with a change of placement, D1 with a change of device type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_easyscale.devices import device_type
+
+from .harness import Outcome, RunFailedError, Runs, compare
+
+JOB = "tests.integration.scenarios.random_jobs:random_job"
+WIDE = "tests.integration.scenarios.levels:wide_job"
+
+
+def run(runs: Runs, placement: tuple[int, ...], **options: Any) -> Outcome:
+    outcome = runs.easyscale(JOB, {"seed": 1, "n": 4}, placement, **options)
+    if outcome.error is not None:
+        raise RunFailedError(outcome.error["traceback"])
+    return outcome
+
+
+def differ(one: Outcome, other: Outcome) -> bool:
+    try:
+        compare(one, other)
+    except AssertionError:
+        return True
+    return False
+
+
+def test_d0_repeats_itself_and_differs_after_a_change_of_placement(runs: Runs) -> None:
+    level = {"determinism": "D0"}
+    first = run(runs, (2, 2), strategy=level)
+    compare(first, run(runs, (2, 2), strategy=level))
+    assert differ(first, run(runs, (4,), strategy=level))
+
+
+def test_d0_equals_stock_ddp_while_every_device_holds_one_est(runs: Runs) -> None:
+    reference = runs.reference(JOB, {"seed": 1, "n": 4}, 4)
+    compare(reference, run(runs, (1, 1, 1, 1), strategy={"determinism": "D0"}))
+
+
+@pytest.mark.emulation
+def test_d1_differs_across_emulated_types_and_not_within_one(fresh_runs: Any) -> None:
+    environment = device_type("t4", emulate=True).environment
+    usual, other = fresh_runs({}), fresh_runs(dict(environment))
+    here, there = (r.easyscale(WIDE, {}, (2, 1)) for r in (usual, other))
+    assert here.error is None
+    assert there.error is None
+    compare(there, other.easyscale(WIDE, {}, (3,)))
+    assert differ(here, there)
+
+
+@pytest.mark.parametrize("order", ["ddp", "tree"])
+def test_d1_equals_stock_ddp_with_nine_million_parameters_in_one_bucket(runs: Runs, order: str) -> None:
+    build, config = "tests.integration.scenarios.levels:large_job", {}
+    reference = runs.reference(build, config, 3, order)
+    assert reference.error is None, reference.error
+    compare(reference, runs.easyscale(build, config, (2, 1), order))

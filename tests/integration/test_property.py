@@ -1,0 +1,119 @@
+"""D1 equals stock DDP for random jobs, on every placement, through any number of placement changes.
+
+The pairwise subset covers every pair of (N, placement kind), (N, order), (order, changes), ... once or more; the full
+product is marked `matrix`.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from .harness import RunFailedError, Runs, compare
+
+JOB = "tests.integration.scenarios.random_jobs:random_job"
+BATCHES = 12  # micro-batches of a random job, six per epoch
+
+
+def splits(n: int) -> list[tuple[int, ...]]:
+    """All ways to split `n` ESTs over 1..n executors into contiguous ranges."""
+    if n == 0:
+        return [()]
+    return [(first, *rest) for first in range(1, n + 1) for rest in splits(n - first)]
+
+
+def placement_for(n: int, kind: str, pick: random.Random) -> tuple[int, ...]:
+    some = {
+        "one": [(n,)],
+        "uneven": [s for s in splits(n) if 1 < len(s) < n and len(set(s)) > 1] or [(1,) * n],
+        "own": [(1,) * n],
+    }
+    return pick.choice(some[kind])
+
+
+def pairwise(dimensions: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """A small set of cases in which every pair of values of every two dimensions occurs."""
+    names = list(dimensions)
+    pairs = {
+        (a, x, b, y) for i, a in enumerate(names) for b in names[i + 1 :] for x in dimensions[a] for y in dimensions[b]
+    }
+    pick, chosen = random.Random(seed), []
+    while pairs:
+        candidates = []
+        for _ in range(60):
+            case = {name: pick.choice(values) for name, values in dimensions.items()}
+            a, x, b, y = min(pairs, key=repr)
+            case[a], case[b] = x, y
+            candidates.append(case)
+        best = max(candidates, key=lambda c: sum(c[a] == x and c[b] == y for a, x, b, y in pairs))
+        chosen.append(best)
+        pairs = {p for p in pairs if not (best[p[0]] == p[1] and best[p[2]] == p[3])}
+    return chosen
+
+
+DIMENSIONS: dict[str, list[Any]] = {
+    "n": [2, 3, 4, 5],
+    "kind": ["one", "uneven", "own"],
+    "order": ["ddp", "tree"],
+    "changes": [0, 1, 3],
+    "job": list(range(6)),
+}
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return "-".join(f"{k}{v}" for k, v in case.items())
+
+
+def run_case(runs: Runs, case: dict[str, Any]) -> None:
+    pick = random.Random(case_id(case))
+    n = case["n"]
+    config = {"seed": case["job"], "n": n}
+    reference = runs.reference(JOB, config, n, case["order"])
+    if reference.error is not None:
+        raise RunFailedError(reference.error["traceback"])
+    stops = sorted(pick.sample(range(1, BATCHES), case["changes"]))
+    kinds = [case["kind"], *(pick.choice(DIMENSIONS["kind"]) for _ in stops)]
+    stages = [(placement_for(n, kind, pick), stop) for kind, stop in zip(kinds, [*stops, None], strict=True)]
+    compare(reference, runs.elastic(JOB, config, stages, case["order"]))
+
+
+@pytest.mark.parametrize("case", pairwise(DIMENSIONS), ids=case_id)
+def test_d1_equals_stock_ddp(runs: Runs, case: dict[str, Any]) -> None:
+    run_case(runs, case)
+
+
+def product() -> list[dict[str, Any]]:
+    cases = [{}]
+    for name, values in {**DIMENSIONS, "job": list(range(12))}.items():
+        cases = [{**case, name: value} for case in cases for value in values]
+    return cases
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", product(), ids=case_id)
+def test_d1_equals_stock_ddp_in_the_full_product(runs: Runs, case: dict[str, Any]) -> None:
+    run_case(runs, case)
+
+
+AT = {
+    "inside an accumulation window": ({"accumulate": 3, "validate": "none"}, 4),
+    "at an epoch's end": ({"accumulate": 1, "validate": "none"}, 6),
+    "at an epoch's end with validation": ({"accumulate": 1, "validate": "epoch"}, 6),
+    "before a validation inside the epoch": ({"accumulate": 1, "validate": "inside"}, 3),
+    "in the last window, which is incomplete": ({"accumulate": 4, "validate": "epoch"}, 5),
+    "at the first batch": ({"accumulate": 1, "validate": "none"}, 1),
+}
+
+
+@pytest.mark.parametrize("order", ["ddp", "tree"])
+@pytest.mark.parametrize("where", AT)
+def test_d1_equals_stock_ddp_after_a_change(runs: Runs, where: str, order: str) -> None:
+    override, stop = AT[where]
+    seed = list(AT).index(where)
+    config = {"seed": seed, "n": 3, "override": override}
+    reference = runs.reference(JOB, config, 3, order)
+    if reference.error is not None:
+        raise RunFailedError(reference.error["traceback"])
+    compare(reference, runs.elastic(JOB, config, [((2, 1), stop), ((3,), None)], order))

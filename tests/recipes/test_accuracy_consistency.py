@@ -1,0 +1,280 @@
+"""The main job: configuration, promises, report, figure, and a run of a few steps from end to end."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("hydra")
+from hydra import compose, initialize
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from lightning_easyscale.digest import digest_state
+from lightning_easyscale.record import Record
+from lightning_easyscale.record_writer import RecordWriter
+from recipes import _figure, _report
+from recipes._config import ConfigError, check
+from recipes._runs import RunFailedError, _StepCounter, child_environment, execute, is_complete, marker
+from recipes._stage import RunSpec
+from recipes.accuracy_consistency import draw_again, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("workload", "schedule", "determinism", "trainer", "experiment")
+
+
+def configure(*overrides):
+    with initialize(version_base="1.3", config_path="../../conf"):
+        return OmegaConf.to_object(compose("accuracy_consistency", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "override", [f"{group}={file.stem}" for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+)
+def test_every_file_composes_and_can_run(override):
+    assert check(configure(override))
+
+
+def test_fig9_is_the_published_schedule():
+    stages = check(configure("experiment=fig9"))
+    assert [(s.devices, s.ests_per_executor, s.first_step, s.end_step) for s in stages] == [
+        ({"v100": 4}, (1, 1, 1, 1), 0, 100),
+        ({"v100": 2}, (2, 2), 100, 200),
+        ({"v100": 1, "p100": 2}, (2, 1, 1), 200, 300),
+    ]
+
+
+def test_default_split_is_even_and_max_steps_ends_the_schedule_early():
+    stages = check(
+        configure("schedule.stages=[{devices: {v100: 1, p100: 2}, steps: 10}, {devices: {v100: 3}, steps: 9}]")
+    )
+    assert stages[0].ests_per_executor == (2, 1, 1)
+    assert [s.end_step for s in check(configure("trainer.max_steps=150"))] == [100, 150]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.num_est=4", "Key 'num_est' not in 'ScheduleConf'"),
+        ("schedule.stages=[{device: {v100: 1}, steps: 3}]", "Key 'device' not in 'StageConf'"),
+        ("trainer.max_step=3", "Key 'max_step' not in 'TrainerConf'"),
+        ("workload.lr=fast", "could not be converted to Float"),
+        ("schedule=shrink", "Could not find 'schedule/shrink'"),
+    ],
+)
+def test_misspelt_keys_are_named(override, message):
+    with pytest.raises((ConfigCompositionException, Exception)) as caught:
+        configure(override)
+    chain, error = "", caught.value
+    while error is not None:
+        chain, error = f"{chain}\n{error}", error.__cause__
+    assert message in chain
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("determinism.levels=[d3]", "`determinism.levels` has 'd3'"),
+        ("jobs=0", "`jobs=0` runs nothing"),
+        ("determinism.levels=[]", "at least one each"),
+        ("schedule.stages=[{devices: {v100: 5}, steps: 1}]", r"`num_ests=4` cannot run on 5 devices"),
+        ("schedule.stages=[{devices: {v100: 0}, steps: 1}]", "count of at least 1"),
+        ("schedule.stages=[{devices: {v100: 1}, steps: 0}]", "trains nothing"),
+        (
+            "schedule.stages=[{devices: {v100: 2}, steps: 1, ests_per_device: {v100: 1}}]",
+            r"ESTs per device \[1, 1\] add up to 2, but `schedule.num_ests=4`",
+        ),
+        (
+            "schedule.stages=[{devices: {v100: 2}, steps: 1, ests_per_device: {p100: 2}}]",
+            r"names \['p100'\] and `devices` \['v100'\]",
+        ),
+        (
+            "schedule.stages=[{devices: {v100: 2}, steps: 1, hosts: [{v100: 1}]}]",
+            r"hosts=\[\{'v100': 1\}\]` does not spread `devices=\{'v100': 2\}`",
+        ),
+        ("trainer.max_steps=301", "goes past the schedule's 300 steps"),
+        ("trainer.max_steps=0", "trains nothing"),
+    ],
+)
+def test_stages_that_cannot_run_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check(configure(override))
+
+
+def test_promises_are_those_of_the_paper():
+    stages = check(configure())
+    promised = {level: [_report.is_promised(level, stages, i) for i in range(3)] for level in ("d0", "d1", "d0+d2")}
+    assert promised == {"d0": [True, False, False], "d1": [True, True, False], "d0+d2": [True, False, False]}
+    assert all(_report.is_promised("d1+d2", stages, i) for i in range(3))
+
+
+def write_record(directory, *, change=None, state=None, steps=(0, 9), digests=(3, 6, 9)):
+    for rank in range(2):
+        writer = RecordWriter(directory, rank=rank, num_ests=2)
+        for step in range(*steps):
+            loss = 1 / (step + 1) + rank + (change or {}).get((step, rank), 0.0)
+            writer.step(step=step, batch=step, tensors={"loss": torch.tensor(loss)})
+            if step + 1 in digests:
+                value = torch.tensor((state or {}).get(step + 1, 0.0))
+                states = {name: digest_state({"w": value}) for name in ("parameters", "buffers", "optimizer")}
+                writer.digest(step=step + 1, batch=step + 1, states=states)
+        writer.close()
+    return Record.load(directory)
+
+
+@pytest.fixture
+def records(tmp_path):
+    return {
+        "ddp-homo": write_record(tmp_path / "ddp-homo"),
+        "ddp-heter": write_record(tmp_path / "ddp-heter"),
+        "d0": write_record(tmp_path / "d0", change={(4, 1): 1e-3}, state={6: 1.0, 9: 1.0}),
+        "d1": write_record(tmp_path / "d1", change={(8, 0): 1e-3}, state={9: 1.0}),
+        "d0+d2": write_record(tmp_path / "d0+d2", state={6: 1.0, 9: 1.0}),
+        "d1+d2": write_record(tmp_path / "d1+d2"),
+    }
+
+
+def make_report(records):
+    conf = configure("schedule=smoke")
+    return _report.build(
+        num_ests=2, stages=check(conf), levels=conf.determinism.levels, records=records, about={"seconds": 1.0}
+    )
+
+
+def test_report_tells_where_each_configuration_equals_its_reference(records):
+    report = make_report(records)
+    assert report["num_ests"] == 2
+    assert report["stages"][2]["devices"] == {"v100": 1, "p100": 1}
+    assert report["stages"][1]["ests_per_executor"] == [2]
+    assert report["stages"][1]["steps"] == 3
+    assert report["equal"] == {
+        "d0": {"stage_0": True, "stage_1": False, "stage_2": False},
+        "d1": {"stage_0": True, "stage_1": True, "stage_2": False},
+        "d0+d2": {"stage_0": True, "stage_1": False, "stage_2": False},
+        "d1+d2": {"stage_0": True, "stage_1": True, "stage_2": True},
+    }
+    assert report["promises_kept"]
+    assert report["first_difference"]["d0"]["stage_1"]["step"] == 4
+    assert report["first_difference"]["d0"]["stage_1"]["est"] == 1
+    assert "digest of" in report["first_difference"]["d0+d2"]["stage_1"]["what"]
+    assert _report.stages_of(json.loads(json.dumps(report))) == check(configure("schedule=smoke"))
+
+
+def test_broken_promise_is_seen(records, tmp_path):
+    broken = write_record(tmp_path / "broken", change={(5, 1): 1e-6})
+    report = make_report({**records, "d1": broken})
+    assert not report["promises_kept"]
+    assert not report["equal"]["d1"]["stage_1"]
+
+
+def test_missing_state_digest_is_no_equality(records, tmp_path):
+    report = make_report({**records, "d1+d2": write_record(tmp_path / "none", digests=(3, 9))})
+    assert report["equal"]["d1+d2"] == {"stage_0": True, "stage_1": False, "stage_2": True}
+    assert not report["promises_kept"]
+
+
+def test_figure_shows_exact_differences(records, tmp_path):
+    x, y = _figure.loss_difference(records["d1"], records["ddp-homo"], 1)
+    assert list(x) == list(range(9))
+    assert not y.any()
+    assert _figure.loss_difference(records["d0"], records["ddp-homo"], 1)[1].nonzero()[0].tolist() == [4]
+    conf = configure("schedule=smoke")
+    file = tmp_path / "fig9.png"
+    _figure.draw(file, stages=check(conf), levels=conf.determinism.levels, records=records, title="x")
+    assert file.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan_hands_each_stage_to_the_next(tmp_path):
+    conf = configure("determinism=d1_d2")
+    runs = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")
+    assert [spec.kind for spec in runs] == ["reference", "easyscale", "easyscale", "easyscale"]
+    assert runs[0].digest_at == (100, 200, 300)
+    assert [spec.resume for spec in runs[1:]] == [None, runs[1].save, runs[2].save]
+    assert runs[3].devices == "v100:1,p100:2"
+    assert runs[3].ests_per_executor == (2, 1, 1)
+    file = tmp_path / "spec.json"
+    file.write_text(runs[3].dumps())
+    assert RunSpec.load(file) == runs[3]
+
+
+def test_run_counts_as_complete_only_as_it_was_asked_for(tmp_path):
+    conf = configure("schedule=smoke", "determinism=d1")
+    spec = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")[1]
+    write_record(spec.record, steps=(0, 3))
+    assert not is_complete(spec)
+    Path(spec.save).parent.mkdir(parents=True)
+    Path(spec.save).write_bytes(b"")
+    marker(spec).write_text(spec.dumps())
+    assert is_complete(spec)
+    assert not is_complete(replace(spec, seed=2))
+    write_record(spec.record, steps=(0, 2))
+    assert not is_complete(spec)
+
+
+def test_progress_follows_a_growing_record(tmp_path):
+    counter = _StepCounter(tmp_path / "est-00000.jsonl")
+    assert counter.count() == 0
+    write_record(tmp_path, steps=(0, 4))
+    assert counter.count() == 4
+    write_record(tmp_path, steps=(0, 2))
+    assert counter.count() == 2
+
+
+@pytest.mark.emulation
+def test_a_few_steps_from_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "recipes.accuracy_consistency", "schedule=smoke", f"hydra.run.dir={tmp_path}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("EASYSCALE_")}
+
+    def recipe(*overrides):
+        return subprocess.run(
+            [*command, "determinism=d1_d2", "workload.batch_size=8", *overrides],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=ROOT,
+            env=environment,
+        )
+
+    first = recipe()
+    assert first.returncode == 0, first.stdout + first.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["equal"] == {"d1+d2": {"stage_0": True, "stage_1": True, "stage_2": True}}
+    assert (tmp_path / "fig9.png").exists()
+
+    (tmp_path / "fig9.png").unlink()
+    (tmp_path / "checkpoints" / "d1+d2" / "stage_2.done.json").unlink()  # as if killed in the last stage
+    again = recipe()
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("complete already") == 3
+    assert json.loads((tmp_path / "report.json").read_text())["equal"] == report["equal"]
+
+    (tmp_path / "fig9.png").unlink()
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")  # the records are enough
+    draw_again(tmp_path)
+    assert (tmp_path / "fig9.png").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["equal"] == report["equal"]
+
+
+def test_drawing_again_needs_a_report(tmp_path):
+    with pytest.raises(ConfigError, match="finds no report"):
+        draw_again(tmp_path)
+
+
+def test_failed_run_shows_the_end_of_its_log_and_is_not_complete(tmp_path):
+    conf = configure("schedule=smoke", "determinism=d1", "workload.model=nonsense")
+    spec = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")[1]
+    marker(spec).parent.mkdir(parents=True)
+    marker(spec).write_text(spec.dumps())
+    arguments = {"timeout_s": 100.0, "progress": lambda done: None, "stop": threading.Event()}
+    environment = child_environment(dict(os.environ))
+    with pytest.raises(RunFailedError, match=r"(?s)ended with status 1; its log is .*`workload.model=nonsense`"):
+        execute(spec, log=tmp_path / "log" / "x.log", environments=[environment], **arguments)
+    assert not marker(spec).exists()
+    with pytest.raises(RunFailedError, match="has not ended after 1 s"):
+        execute(spec, log=tmp_path / "log" / "x.log", environments=[environment], **{**arguments, "timeout_s": 1.0})

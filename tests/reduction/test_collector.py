@@ -1,0 +1,54 @@
+"""The collector against stock DDP with the ordered hook, in real processes over gloo."""
+
+from __future__ import annotations
+
+import pytest
+
+from .pool import Pool
+from .tasks import compositions
+from .training import STEPS, collected, stock
+
+SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static")
+_expected: dict[tuple[int, str, bool], dict[int, list[str]]] = {}
+
+
+def expected(pool: Pool, n: int, scenario: str, view: bool = False) -> dict[int, list[str]]:
+    if (n, scenario, view) not in _expected:
+        answers = pool.run(n, stock, scenario=scenario, view=view)
+        _expected[n, scenario, view] = {rank: seen for answer in answers for rank, seen in answer.items()}
+    return _expected[n, scenario, view]
+
+
+def ours(pool: Pool, scenario: str, placement: tuple[int, ...], private: bool = False) -> dict[int, list[str]]:
+    answers = pool.run(len(placement), collected, scenario=scenario, placement=placement, private=private)
+    return {rank: seen for answer in answers for rank, seen in answer.items()}
+
+
+@pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_collected_gradients_equal_stock_ddp_with_the_ordered_hook(
+    pool: Pool, scenario: str, placement: tuple[int, ...]
+) -> None:
+    private = scenario == "zeroed"
+    reference = expected(pool, sum(placement), scenario)
+    assert ours(pool, scenario, placement, private) == reference
+    assert all(len(set(seen)) == STEPS for seen in reference.values())
+
+
+@pytest.mark.parametrize("scenario", ["plain", "kept", "unused"])
+def test_gradient_as_bucket_view_changes_no_bits_under_the_hook(pool: Pool, scenario: str) -> None:
+    assert expected(pool, 3, scenario, view=True) == expected(pool, 3, scenario)
+
+
+@pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "unused"])
+def test_private_and_shared_gradients_have_the_same_bits(pool: Pool, scenario: str) -> None:
+    assert ours(pool, scenario, (2, 1), private=True) == expected(pool, 3, scenario)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("placement", [c for n in range(2, 6) for c in compositions(n)], ids=str)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_collected_gradients_equal_stock_ddp_for_every_placement(
+    pool: Pool, scenario: str, placement: tuple[int, ...]
+) -> None:
+    assert ours(pool, scenario, placement, scenario == "zeroed") == expected(pool, sum(placement), scenario)

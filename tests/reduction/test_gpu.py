@@ -1,0 +1,88 @@
+"""CUDA: the folds have the CPU's bits, wherever partial sums wait and whichever backend carries them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
+from lightning_easyscale.reduction.orders import ring_fold, tree_fold
+from lightning_easyscale.reduction.tree import TreeFold, combine, to_host
+
+from .pool import Pool
+from .tasks import ForcedRing, inputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 1000, 300_001])
+def test_folds_have_the_bits_of_the_cpu(size: int, dtype: torch.dtype) -> None:
+    parts = inputs(5, size, dtype)
+    for fold in (ring_fold, tree_fold):
+        assert torch.equal(fold([part.cuda() for part in parts]).cpu(), fold(parts))
+        assert torch.equal(fold([part.cuda() for part in parts], consume=True).cpu(), fold(parts))
+
+
+def test_gradients_may_wait_in_host_memory() -> None:
+    parts = inputs(5, 300_001, torch.float32)
+    waiting = [to_host(part.cuda()) for part in parts[:-1]]
+    assert all(part.is_pinned() for part in waiting)
+    result = RingReduction(Placement((5,)), 0, None, 5).start(0, [*waiting, parts[-1].cuda()]).wait()
+    assert result.is_cuda
+    assert torch.equal(result.cpu(), ring_fold(parts))
+    fold = TreeFold(range(5), 5, offload="host")
+    for rank, part in enumerate(parts):
+        fold.push(rank, part.cuda())
+    assert torch.equal(combine(fold.partials()).cpu(), tree_fold(parts))
+
+
+def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], offload: bool) -> list[str]:
+    """Executors that share a GPU and talk over gloo."""
+    where, wrong = Placement(placement), []
+    mine = where.ranges[rank]
+    for kind, fold in ((RingReduction, ring_fold), (ForcedRing, ring_fold), (TreeReduction, tree_fold)):
+        reduction = kind(where, rank, group, where.num_ests)
+        pending = []
+        for index, size in enumerate((1, 1000, 300_001)):
+            local = [part.cuda() for part in inputs(where.num_ests, size, torch.float32)[mine.start : mine.stop]]
+            if offload:
+                local[:-1] = [to_host(part) for part in local[:-1]]
+            pending.append((size, reduction.start(index, local)))
+        flags = reduction.share(torch.tensor([rank], dtype=torch.int32, device="cuda"))
+        for size, handle in pending:
+            if not torch.equal(handle.wait().cpu(), fold(inputs(where.num_ests, size, torch.float32))):
+                wrong.append(f"{kind.__name__} {size}")
+        if int(flags.wait()) != group.size() - 1:
+            wrong.append(f"{kind.__name__} flags")
+        reduction.close()
+    return wrong
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("placement", [(1, 1), (2, 1), (1, 2, 1), (3, 2)], ids=str)
+def test_executors_may_share_a_gpu_over_gloo(pool: Pool, placement: tuple[int, ...], offload: bool) -> None:
+    assert pool.run(len(placement), on_one_gpu, placement=placement, offload=offload) == [[]] * len(placement)
+
+
+def over_nccl(_: dist.ProcessGroup, rank: int, placement: tuple[int, ...], store: str) -> list[str]:
+    """One GPU per executor."""
+    torch.cuda.set_device(rank)
+    options = dist.ProcessGroupNCCL.Options()
+    backend = dist.ProcessGroupNCCL(dist.FileStore(store, len(placement)), rank, len(placement), options)
+    group = dist.ProcessGroup(dist.HashStore(), rank, len(placement))
+    group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
+    group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    return on_one_gpu(group, rank, placement, offload=False)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("placement", [(1, 1), (2, 2), (3, 1)], ids=str)
+def test_executors_over_nccl(pool: Pool, placement: tuple[int, ...], tmp_path: object) -> None:
+    assert pool.run(2, over_nccl, placement=placement, store=f"{tmp_path}/nccl") == [[]] * 2

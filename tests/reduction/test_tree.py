@@ -1,0 +1,94 @@
+"""The binary counter: bits of the tree, memory bound, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+
+import pytest
+import torch
+
+from lightning_easyscale.reduction.orders import tree_fold
+from lightning_easyscale.reduction.tree import Block, TreeFold, blocks_of, combine, to_host
+
+from .tasks import compositions, inputs
+
+
+def ranges(n: int) -> list[range]:
+    return [range(a, b) for a, b in itertools.combinations(range(n + 1), 2)]
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_partial_sums_of_every_split_combine_to_the_tree(n: int) -> None:
+    expected = tree_fold(inputs(n, 50, torch.float32))
+    for split in compositions(n):
+        parts, blocks, start = inputs(n, 50, torch.float32), [], 0
+        for count in split:
+            fold = TreeFold(range(start, start + count), n)
+            for rank in range(start, start + count):
+                fold.push(rank, parts[rank])
+            blocks += fold.partials()
+            start += count
+        assert torch.equal(combine(blocks), expected)
+
+
+@pytest.mark.parametrize("ests", [r for r in ranges(18) if len(r) in (1, 2, 3, 5, 6, 7, 8, 13, 17)], ids=str)
+def test_alive_partial_sums_stay_within_the_bound(ests: range) -> None:
+    fold, alive, peak = TreeFold(ests, 18), weakref.WeakSet(), 0
+    for rank in ests:
+        flat = torch.ones(4)
+        alive.add(flat)
+        peak = max(peak, len(alive))
+        fold.push(rank, flat)
+        del flat
+    assert peak <= 2 * math.floor(math.log2(len(ests))) + 1
+    blocks = fold.partials()
+    assert [(b.start, b.size) for b in blocks] == blocks_of(ests)
+    assert all(b.start % b.size == 0 and torch.equal(b.total, torch.full((4,), float(b.size))) for b in blocks)
+
+
+def test_the_bound_is_reached() -> None:
+    # Ranks 1..7 are alive as 1, 2-3, 4-5, 6 and the incoming 7: five for k = 7.
+    assert max(len(blocks_of(range(1, stop))) + 1 for stop in range(1, 8)) == 2 * math.floor(math.log2(7)) + 1
+
+
+def test_host_offload_does_nothing_on_the_cpu() -> None:
+    plain, offloaded = TreeFold(range(1, 6), 6), TreeFold(range(1, 6), 6, offload="host")
+    for rank, flat in enumerate(inputs(5, 20, torch.float32), start=1):
+        plain.push(rank, flat.clone())
+        offloaded.push(rank, flat.clone())
+    for a, b in zip(plain.partials(), offloaded.partials(), strict=True):
+        assert torch.equal(a.total, b.total)
+    flat = torch.ones(2)
+    assert to_host(flat) is flat
+
+
+def test_a_fold_is_reusable_for_the_next_step() -> None:
+    fold = TreeFold(range(2), 2)
+    for _ in range(2):
+        fold.push(0, torch.ones(3))
+        fold.push(1, torch.ones(3))
+        assert fold.complete
+        assert torch.equal(fold.partials()[0].total, torch.full((3,), 2.0))
+        assert not fold.complete
+
+
+def test_wrong_use_is_refused() -> None:
+    for bad in (range(0), range(0, 4, 2), range(3, 6), range(-1, 2)):
+        with pytest.raises(ValueError, match="`range_of_ests="):
+            TreeFold(bad, 5)
+    with pytest.raises(ValueError, match="`offload='disk'` is unknown"):
+        TreeFold(range(2), 2, offload="disk")  # type: ignore[arg-type]
+    fold = TreeFold(range(1, 3), 4)
+    with pytest.raises(ValueError, match="`rank=2` cannot be folded: rank 1 is due"):
+        fold.push(2, torch.ones(1))
+    with pytest.raises(ValueError, match="sparse=False"):
+        fold.push(1, torch.ones(3).to_sparse())
+    fold.push(1, torch.ones(1))
+    with pytest.raises(RuntimeError, match="EST 2 has not finished"):
+        fold.partials()
+    with pytest.raises(ValueError, match="`blocks` continue at rank 2 where 1 was expected"):
+        combine([Block(0, 1, torch.ones(1)), Block(2, 1, torch.ones(1))])
+    with pytest.raises(ValueError, match="`blocks` is empty"):
+        combine([])

@@ -1,0 +1,143 @@
+"""Small training scenarios, run by stock DDP with the ordered hook and by our collector, in the pool's processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.collector import ESTDataParallel
+from lightning_easyscale.reduction.gradients import TreeGradients
+from lightning_easyscale.reduction.hook import ordered_allreduce_hook
+
+STEPS = 5
+CAP_MB = 0.01
+
+
+class Model(nn.Module):
+    """Tied, frozen, scalar, channels-last, bf16 and conditionally used parameters."""
+
+    def __init__(self, scenario: str) -> None:
+        super().__init__()
+        self.scenario = scenario
+        self.body = nn.Linear(8, 24)
+        self.tied = nn.Linear(24, 24)
+        self.again = self.tied
+        self.frozen = nn.Linear(24, 24).requires_grad_(False)
+        self.gain = nn.Parameter(torch.tensor(1.3))
+        self.conv = nn.Conv2d(2, 4, 3, padding=1).to(memory_format=torch.channels_last)
+        self.low = nn.Linear(24, 24).bfloat16()
+        self.norm = nn.BatchNorm1d(24)
+        self.sometimes = nn.Linear(24, 24)
+        self.never = nn.Linear(24, 24)
+        self.aside = nn.Linear(24, 2)
+        if scenario not in ("unused", "static"):
+            self.never.requires_grad_(False)
+        if scenario not in ("unused",):
+            self.sometimes.requires_grad_(scenario != "static")
+            self.aside.requires_grad_(scenario == "two_backwards")
+
+    def forward(self, x: Tensor, step: int, rank: int) -> tuple[Tensor, Tensor]:
+        h = self.norm(self.again(torch.relu(self.tied(self.body(x)))))
+        h = self.frozen(h) * self.gain
+        if self.scenario == "static":
+            h = checkpoint(lambda t: torch.tanh(self.tied(t)), h, use_reentrant=True)
+        # One rank only; never at the last step but one; and in accumulation at step 2.
+        if self.scenario != "unused" or (rank == 1 and step != STEPS - 2) or step == 2:
+            h = h + self.sometimes(h)
+        image = self.conv(x.view(len(x), 2, 2, 2)).square().sum()
+        return self.low(h.bfloat16()).float().square().sum() + image, self.aside(h.detach()).square().sum()
+
+
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(97 * step + rank))
+
+
+def digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for p in module.parameters():
+        data = b"none" if p.grad is None else p.grad.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        sha.update(data)
+        sha.update(p.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
+    """Run the ESTs (or the one rank) of this process one after the other; digests of gradients and parameters."""
+    seen: dict[int, list[str]] = {rank: [] for rank in workers}
+    for step in range(STEPS):
+        accumulating = scenario in ("accumulate", "unused") and step == 2
+        for rank, model in workers.items():
+            if scenario == "zeroed":
+                model.zero_grad(set_to_none=False)
+            elif scenario in ("plain", "two_backwards", "static") or step % 2 == 0:
+                model.zero_grad()
+            with model.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
+                main, aside = model(batch(step, rank), step, rank)
+                main.backward(retain_graph=scenario == "two_backwards")
+                if scenario == "two_backwards":
+                    aside.backward()
+        for rank, model in workers.items():
+            seen[rank].append(digest(model))
+            if not accumulating:
+                with torch.no_grad():
+                    for p in model.parameters():
+                        if p.grad is not None:
+                            p.sub_(p.grad, alpha=1e-3)
+    return seen
+
+
+def build(scenario: str) -> Model:
+    torch.manual_seed(3)
+    return Model(scenario)
+
+
+def stock(group: dist.ProcessGroup, rank: int, scenario: str, view: bool = False) -> dict[int, list[str]]:
+    """A stock DDP rank with the ordered hook."""
+    with warnings.catch_warnings():
+        # torch 2.13 renamed `broadcast_buffers` and warns of the old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = DistributedDataParallel(
+            build(scenario),
+            process_group=group,
+            bucket_cap_mb=CAP_MB,  # type: ignore[arg-type]
+            find_unused_parameters=scenario == "unused",
+            static_graph=scenario == "static",
+            gradient_as_bucket_view=view,
+            broadcast_buffers=False,
+        )
+    model.register_comm_hook(group, ordered_allreduce_hook)
+    return train(scenario, {rank: model})
+
+
+def collected(
+    group: dist.ProcessGroup, executor: int, scenario: str, placement: tuple[int, ...], private: bool = False
+) -> dict[int, list[str]]:
+    """The ESTs of one executor, run one after the other."""
+    where = Placement(placement)
+    gradients = TreeGradients(
+        where, executor, group if group.size() > 1 else None, private_gradients=private, bucket_cap_mb=CAP_MB
+    )
+    workers: dict[int, nn.Module] = {
+        rank: ESTDataParallel(
+            build(scenario),
+            rank=rank,
+            n=where.num_ests,
+            reduce=gradients,
+            find_unused_parameters=scenario == "unused",
+            static_graph=scenario == "static",
+            broadcast_buffers=False,
+        )
+        for rank in where.ranges[executor]
+    }
+    with torch.autograd.set_multithreading_enabled(False):
+        seen = train(scenario, workers)
+    gradients.close()
+    return seen

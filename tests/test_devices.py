@@ -1,0 +1,386 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lightning_easyscale import devices, emulation, environment, probe
+from lightning_easyscale.devices import (
+    DeviceType,
+    apply_environment,
+    available_types,
+    cpu_identity,
+    detect,
+    device_type,
+    environment_of,
+    parse_devices,
+    pinned_environment,
+)
+from lightning_easyscale.emulation import EMULATED_TYPES, ISA_VARIABLES, HostCPU
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def use_host(monkeypatch, isa, why_not=""):
+    host = HostCPU("GenuineIntel", "Test CPU", isa, why_not)
+    for module in (emulation, devices, probe):
+        monkeypatch.setattr(module, "host_cpu", lambda: host)
+
+
+def use_gpus(monkeypatch, *gpus):
+    """`gpus`: (name, major, minor, multiprocessors)"""
+    properties = [SimpleNamespace(name=n, major=a, minor=b, multi_processor_count=c) for n, a, b, c in gpus]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties[i])
+
+
+V100 = ("Tesla V100-SXM2-16GB", 7, 0, 80)
+P100 = ("Tesla P100-PCIE-16GB", 6, 0, 56)
+H100 = ("NVIDIA H100 80GB HBM3", 9, 0, 132)
+H100_PCIE = ("NVIDIA H100 PCIe", 9, 0, 114)
+
+
+@pytest.fixture
+def no_gpus(monkeypatch):
+    use_gpus(monkeypatch)
+    use_host(monkeypatch, "avx512")
+
+
+@pytest.mark.usefixtures("no_gpus")
+@pytest.mark.parametrize(
+    ("given", "types"),
+    [
+        ("v100:1,p100:2", ("v100", "p100", "p100")),
+        (" V100 , p100:1, v100:1 ", ("v100", "p100", "v100")),
+        ({"v100": 1, "p100": 2, "t4": 0}, ("v100", "p100", "p100")),
+        ({"t4": "2"}, ("t4", "t4")),
+        (["v100", "p100:2"], ("v100", "p100", "p100")),
+        (3, ("v100",) * 3),
+        ("3", ("v100",) * 3),
+        ("cpu:2", ("cpu", "cpu")),
+    ],
+)
+def test_devices_are_read_as_one_type_per_device_in_order(given, types):
+    assert parse_devices(given, emulate=True) == types
+
+
+@pytest.mark.usefixtures("no_gpus")
+def test_a_count_without_emulation_means_the_machines_own_devices():
+    assert parse_devices(2, emulate=False) == ("cpu", "cpu")
+
+
+@pytest.mark.usefixtures("no_gpus")
+@pytest.mark.parametrize(
+    ("given", "emulate", "message"),
+    [
+        ("v100:1", False, r"`v100` is not on this machine, which has: cpu\. HINT: to emulate.*EASYSCALE_EMULATE=1"),
+        ("v10:1", True, r"`v10` is not on this machine, which has: v100, p100, t4, cpu\..*did you mean `v100`"),
+        ("h200", True, r"`h200` is not on this machine, which has: v100, p100, t4, cpu\."),
+        ("v100:-1", True, r"`devices='v100:-1'` asks for -1 devices"),
+        (-2, True, r"`devices=-2` asks for -2 devices"),
+        (0, True, r"`devices=0` names no device"),
+        ({"v100": 0}, True, r"names no device"),
+        ("", True, r"not `type:count`"),
+        ("v100:", True, r"has the entry 'v100:', which is not `type:count`"),
+        (":2", True, r"has the entry ':2', which is not `type:count`"),
+        ("v100:two", True, r"has the count 'two'"),
+        ({"v100": 1.5}, True, r"has the count 1\.5"),
+        ({"v100": True}, True, r"has the count True"),
+        (True, True, r"`devices=True` is not a choice of device types"),
+        ([0, 1], True, r"choose single GPUs by CUDA_VISIBLE_DEVICES"),
+        (None, True, r"`devices=None` is not a choice of device types"),
+    ],
+)
+def test_bad_devices_are_refused_with_the_value_and_the_cure(given, emulate, message):
+    with pytest.raises(ValueError, match=message):
+        parse_devices(given, emulate=emulate)
+
+
+def test_emulation_is_asked_for_by_argument_or_variable(monkeypatch):
+    assert not devices.emulation_requested()
+    monkeypatch.setenv("EASYSCALE_EMULATE", "1")
+    assert devices.emulation_requested()
+    assert not devices.emulation_requested(False)
+    monkeypatch.setenv("EASYSCALE_EMULATE", "perhaps")
+    with pytest.raises(ValueError, match="`EASYSCALE_EMULATE=perhaps` is neither"):
+        devices.emulation_requested()
+
+
+def test_real_gpus_are_recognised_and_handed_out_in_order(monkeypatch):
+    use_gpus(monkeypatch, V100, P100, P100)
+    assert [t.name for t in detect()] == ["v100", "p100", "p100"]
+    assert detect()[0].identity == ("Tesla V100-SXM2-16GB", "7.0", "80")
+    assert parse_devices("p100:2,v100", emulate=False) == ("p100", "p100", "v100")
+    assert parse_devices(2, emulate=False) == ("v100", "p100")
+    assert available_types(emulate=False) == ("v100", "p100", "cpu")
+    with pytest.raises(ValueError, match=r"asks for 2 devices of type v100, and this machine has 1"):
+        parse_devices("v100:2", emulate=False)
+    with pytest.raises(ValueError, match=r"asks for 4 devices, and this machine has 3 GPUs"):
+        parse_devices(4, emulate=False)
+    with pytest.raises(ValueError, match=r"mixes CUDA devices and CPU ones: v100 is cuda, cpu is cpu"):
+        parse_devices("v100,cpu", emulate=False)
+
+
+@pytest.mark.parametrize(
+    ("device_name", "short"),
+    [
+        ("Tesla T4", "t4"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "a100"),
+        ("NVIDIA L40S", "l40s"),
+    ],
+)
+def test_short_names(monkeypatch, device_name, short):
+    use_gpus(monkeypatch, (device_name, 8, 0, 100))
+    assert [t.name for t in detect()] == [short]
+
+
+def test_a_label_alone_never_makes_two_gpus_one_type(monkeypatch):
+    use_gpus(monkeypatch, H100, H100_PCIE, H100)
+    first, second, third = detect()
+    assert (first.name, second.name) == ("h100-132sm", "h100-114sm")
+    assert first.same_as(third)
+    assert not first.same_as(second)
+
+
+def test_types_on_cpu_are_told_apart_by_instruction_set_not_by_name(monkeypatch):
+    use_host(monkeypatch, "avx512")
+    use_gpus(monkeypatch)
+    monkeypatch.setattr(environment, "_START_ENVIRONMENT", {})
+    types = {name: device_type(name, emulate=True) for name in (*EMULATED_TYPES, "cpu")}
+    assert types["v100"].same_as(types["cpu"])
+    assert not types["v100"].same_as(types["p100"])
+    assert types["p100"].identity == ("GenuineIntel", "avx2 [ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2]")
+    assert str(types["cpu"]) == "cpu (GenuineIntel, avx512)"
+    assert cpu_identity(pinned_environment(["v100"], emulate=True)) != types["p100"].identity
+
+
+def test_the_ladder_moves_down_on_an_avx2_machine_and_the_rungs_stay_different(monkeypatch):
+    use_gpus(monkeypatch)
+    ladders = {}
+    for isa in ("avx512", "avx2"):
+        use_host(monkeypatch, isa)
+        ladders[isa] = [environment_of(name, emulate=True) for name in EMULATED_TYPES]
+        assert len({cpu_identity(rung) for rung in ladders[isa]}) == 3
+    assert ladders["avx512"][1] == {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
+    assert ladders["avx2"][1]["ATEN_CPU_CAPABILITY"] == "default"
+    assert ladders["avx512"][0] == ladders["avx2"][0] == {}
+    assert ladders["avx512"][2] == ladders["avx2"][2]
+
+
+def test_other_architectures_cannot_emulate_and_say_why(monkeypatch):
+    use_gpus(monkeypatch)
+    use_host(monkeypatch, "default", why_not="its CPU is aarch64")
+    assert available_types(emulate=True) == ("cpu",)
+    with pytest.raises(RuntimeError, match=r"`v100` cannot be emulated on this machine: its CPU is aarch64\. HINT"):
+        parse_devices("v100:1", emulate=True)
+    assert pinned_environment(["cpu"]) == {}
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+@pytest.mark.parametrize(
+    ("pool", "mkl"),
+    [
+        (("v100",), "AVX2,STRICT"),
+        (("p100", "v100", "p100"), "AVX2,STRICT"),
+        (("cpu",), "AVX2,STRICT"),
+        (("v100", "t4"), "COMPATIBLE"),
+    ],
+)
+def test_pinned_is_the_environment_of_the_slowest_type_on_every_host(monkeypatch, isa, pool, mkl):
+    use_gpus(monkeypatch)
+    use_host(monkeypatch, isa)
+    pinned = pinned_environment(pool, emulate=True)
+    assert pinned["MKL_CBWR"] == mkl
+    assert set(pinned) == {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"}
+
+
+def test_pinned_refuses_what_it_cannot_pin(monkeypatch):
+    with pytest.raises(ValueError, match=r"`pool=\(\)` names no device type"):
+        pinned_environment([])
+    use_gpus(monkeypatch, H100)
+    with pytest.raises(ValueError, match=r"`pool=\['h100'\]` has CUDA devices \(h100\): D2 is not available"):
+        pinned_environment(["h100"], emulate=False)
+
+
+def test_an_environment_has_the_whole_say_about_instruction_sets():
+    base = {"PATH": "/bin", "MKL_CBWR": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}
+    assert apply_environment({}, base) == {"PATH": "/bin"}
+    assert apply_environment({"MKL_CBWR": "COMPATIBLE"}, base) == {"PATH": "/bin", "MKL_CBWR": "COMPATIBLE"}
+    assert base["MKL_CBWR"] == "AVX2"
+
+
+def test_assigning_a_variable_does_not_put_it_in_force(monkeypatch):
+    monkeypatch.setattr(environment, "_START_ENVIRONMENT", {"MKL_CBWR": "AVX2", "PATH": "/bin"})
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert environment.environment_in_force({"MKL_CBWR": "AVX2"})
+    assert not environment.environment_in_force({"MKL_CBWR": "COMPATIBLE"})
+    assert not environment.environment_in_force({})
+    assert not environment.environment_in_force({"MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"})
+    assert environment.isa_environment() == {"MKL_CBWR": "AVX2"}
+
+
+def test_pytest_is_refused_a_restart(monkeypatch):
+    monkeypatch.setattr(environment, "_START_ENVIRONMENT", {})
+    environment.ensure_environment({}, why="nothing is needed")
+    with pytest.raises(RuntimeError, match=r"`env MKL_CBWR=AVX2`, because a p100 needs it.*runs under pytest.*HINT"):
+        environment.ensure_environment({"MKL_CBWR": "AVX2"}, why="a p100 needs it")
+
+
+# A user's script: torch has worked before the package is asked for anything.
+SCRIPT = """
+import os, sys
+import torch
+torch.ones(8, 8) @ torch.ones(8, 8)
+print("start", os.getpid(), torch.backends.cpu.get_cpu_capability().lower(), *sys.argv[1:], flush=True)
+from lightning_easyscale.environment import ensure_environment, isa_environment
+from lightning_easyscale.emulation import instruction_set
+os.chdir("/")
+for capability in sys.argv[1].split(","):
+    wanted = {"ATEN_CPU_CAPABILITY": capability} if capability != "native" else {}
+    ensure_environment(wanted, why="this test says so")
+    print("in force", os.getpid(), isa_environment(), flush=True)
+"""
+
+
+def run(directory, arguments, stdin=None, **variables):
+    environment_ = apply_environment(variables) | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env=environment_,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.emulation
+@pytest.mark.parametrize("how", ["script", "module", "command"])
+def test_a_script_that_has_used_torch_restarts_once_with_the_environment(tmp_path, how):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "main.py").write_text("import lightning.pytorch\n" + SCRIPT)
+    command = {"script": ["package/main.py"], "module": ["-m", "package.main"], "command": ["-c", SCRIPT]}[how]
+    done = run(tmp_path, [*command, "default", "an argument with 'quotes'"])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    pid = lines[0].split()[1]
+    assert lines[0].split(maxsplit=4)[4] == "an argument with 'quotes'"
+    assert lines[0].split()[2] == emulation.host_cpu().isa
+    assert lines[1:] == [
+        f"start {pid} default default an argument with 'quotes'",
+        f"in force {pid} {{'ATEN_CPU_CAPABILITY': 'default'}}",
+    ]
+
+
+@pytest.mark.emulation
+def test_a_process_that_started_right_does_not_restart(tmp_path):
+    done = run(tmp_path, ["-c", SCRIPT, "default"], ATEN_CPU_CAPABILITY="default")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["start", "in"]
+
+
+@pytest.mark.emulation
+def test_a_restart_can_also_remove_a_variable(tmp_path):
+    done = run(tmp_path, ["-c", SCRIPT, "native"], ATEN_CPU_CAPABILITY="default")
+    assert [line.split()[2] for line in done.stdout.splitlines()[:2]] == ["default", emulation.host_cpu().isa]
+
+
+@pytest.mark.emulation
+def test_one_process_cannot_be_two_types_one_after_the_other(tmp_path):
+    done = run(tmp_path, ["-c", SCRIPT, "default,native"])
+    assert done.returncode != 0
+    assert done.stdout.count("start") == 2
+    assert "restarted once already" in done.stderr
+
+
+def test_a_program_from_standard_input_is_refused_with_the_cure(tmp_path):
+    done = run(tmp_path, ["-", "default"], stdin=SCRIPT)
+    assert done.returncode != 0
+    assert done.stdout.count("start") == 1
+    assert "has no script to run again" in done.stderr
+    assert "env ATEN_CPU_CAPABILITY=default python script.py" in done.stderr
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """As in a user's process: not pytest, and a restart is only noted."""
+    noted = []
+    monkeypatch.setattr(environment, "_START_ENVIRONMENT", {})
+    monkeypatch.setattr(environment, "_runs_under_pytest", lambda: False)
+    monkeypatch.setattr(environment, "_restart", lambda command, variables: noted.append((command, variables)))
+    return noted
+
+
+def test_a_restart_runs_the_same_command(restarts):
+    environment.ensure_environment({"MKL_CBWR": "AVX2"}, why="it is so")
+    [(command, variables)] = restarts
+    assert command == [sys.executable, *sys.orig_argv[1:]]
+    assert variables["MKL_CBWR"] == "AVX2"
+
+
+def test_an_interactive_session_is_refused(restarts, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(RuntimeError, match="interactive session or a notebook"):
+        environment.ensure_environment({"MKL_CBWR": "AVX2"}, why="it is so")
+    assert not restarts
+
+
+def test_a_child_of_multiprocessing_is_refused(restarts, monkeypatch):
+    monkeypatch.setattr(environment.multiprocessing, "parent_process", lambda: "someone")
+    with pytest.raises(RuntimeError, match="only its parent knows how to start it"):
+        environment.ensure_environment({"MKL_CBWR": "AVX2"}, why="it is so")
+    assert not restarts
+
+
+def test_a_member_of_a_process_group_is_refused(restarts):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    with pytest.raises(RuntimeError, match="already belongs to a process group"):
+        environment.ensure_environment({"MKL_CBWR": "AVX2"}, why="it is so")
+    assert not restarts
+
+
+@pytest.mark.emulation
+def test_emulated_types_differ_in_bits_on_this_machine_or_the_probe_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(probe, "_memo", {})
+    digests = probe.probe(EMULATED_TYPES, emulate=True)
+    assert list(digests) == list(EMULATED_TYPES)
+    warning = probe.what_does_not_differ(EMULATED_TYPES, emulate=True)
+    assert bool(warning) == (len(set(digests.values())) < 3)
+    if emulation.host_cpu().isa == "avx512":
+        assert not warning
+
+    monkeypatch.setattr(probe, "_memo", {})
+    monkeypatch.setattr(probe, "_start", lambda environment: pytest.fail("the answer was not kept"))
+    assert probe.probe(EMULATED_TYPES, emulate=True) == digests
+
+
+def test_types_that_cannot_be_told_apart_are_named(monkeypatch):
+    monkeypatch.setattr(probe, "probe", lambda types, emulate: {"v100": "a", "p100": "b", "t4": "b"})
+    assert "same bits: p100 = t4." in probe.what_does_not_differ(["v100", "p100", "t4"], emulate=True)
+    assert probe.indistinguishable({"v100": "a", "p100": "b"}) == ()
+
+
+@pytest.mark.emulation
+def test_a_probe_that_fails_is_a_warning_not_an_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(probe, "_memo", {})
+    monkeypatch.setattr(probe.sys, "executable", "/bin/false")
+    assert "could not be probed" in probe.what_does_not_differ(["v100", "p100"], emulate=True)
+
+
+def test_cuda_types_are_not_probed(monkeypatch):
+    use_gpus(monkeypatch, H100)
+    with pytest.raises(ValueError, match=r"has the CUDA devices \['h100'\]"):
+        probe.probe(["h100"], emulate=False)
+
+
+def test_device_types_can_be_keys():
+    assert len({DeviceType("a", "cpu", ("x", "y"), {"K": "1"}), DeviceType("a", "cpu", ("x", "y"), {"K": "1"})}) == 1
+    assert set(ISA_VARIABLES) >= set(environment_of("cpu"))

@@ -1,0 +1,59 @@
+"""Which executor a process is, and which ESTs it hosts."""
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
+
+from lightning_easyscale.topology import EXECUTOR_VARIABLE, NUM_ESTS_VARIABLE, find_topology
+
+
+def find(**changes):
+    arguments = {"num_devices": 2, "num_nodes": 1, "num_ests": 5, "ests_per_executor": None, **changes}
+    return find_topology(LightningEnvironment(), **arguments)
+
+
+def test_the_script_is_executor_0_and_starts_the_others(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    topology = find()
+    assert (topology.executor, topology.starts_processes, topology.lead) == (0, True, 0)
+    assert topology.placement.ests_per_executor == (3, 2)
+
+
+def test_a_started_process_knows_its_number(monkeypatch):
+    monkeypatch.setenv(EXECUTOR_VARIABLE, "1")
+    topology = find()
+    assert (topology.executor, topology.starts_processes, topology.lead) == (1, False, 3)
+
+
+def test_user_started_nodes_are_numbered_by_the_environment(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("NODE_RANK", "1")
+    topology = find(num_nodes=2, num_ests=6, ests_per_executor=[1, 1, 1, 3])
+    assert (topology.executor, topology.lead, topology.first_rank_of_host) == (3, 3, 2)
+    assert topology.virtual_environment().local_rank() == 1
+
+
+def test_the_number_of_ests_falls_back_to_the_variable_and_then_to_the_devices(monkeypatch):
+    assert find(num_ests=None).placement.num_ests == 2
+    monkeypatch.setenv(NUM_ESTS_VARIABLE, "7")
+    assert find(num_ests=None).placement.num_ests == 7
+
+
+def test_the_planner_gives_a_faster_device_more_ests():
+    types, seconds = ["v100", "p100"], {"v100": 0.1, "p100": 0.2}
+    assert find(num_ests=6, types=types, step_seconds=seconds).placement.ests_per_executor == (4, 2)
+    assert find(num_ests=2, types=types, step_seconds=seconds).placement.ests_per_executor == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_ests": 1}, "`num_ests=1` cannot run on 2 devices"),
+        ({"ests_per_executor": [5]}, "names 1 devices, but the Trainer runs on 2"),
+        ({"ests_per_executor": [3, 3]}, "adds up to 6, not to `num_ests=5`"),
+        ({"num_nodes": 2, "types": ["v100", "p100"], "step_seconds": {"v100": 1.0, "p100": 1.0}}, "run elsewhere"),
+        ({"types": ["v100", "p100"], "step_seconds": {"v100": 1.0}}, "no time for device type `p100`"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        find(**changes)
