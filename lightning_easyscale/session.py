@@ -31,6 +31,7 @@ from .reduction.layout import BucketLayout
 from .reduction.orders import ring_fold
 from .reduction.tree import Offload
 from .rng import Generators
+from .runtime.channel import Channel
 from .runtime.context import ESTContext
 from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
@@ -38,7 +39,7 @@ from .runtime.gradients import GradientExchange, GradientGroup
 from .runtime.heap import share_heap
 from .runtime.kinship import Kinship
 from .runtime.peers import Peers
-from .runtime.process_group import Channel, VirtualProcessGroup
+from .runtime.process_group import VirtualProcessGroup
 from .runtime.world import WorldState, install, set_world
 from .runtime.writes import ParameterWrites, SharedStorages
 

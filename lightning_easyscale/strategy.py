@@ -8,20 +8,16 @@ placement, only the lead EST's optimizers step, and checkpoints hold every EST's
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 
 from . import _lightning as pl
 from . import determinism as det
@@ -32,22 +28,17 @@ from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightn
 from .devices import DeviceType, pinned_environment
 from .environment import ensure_environment
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
-from .optimization import LeadState, ShownGradients, follow_lead, reads_before_step, reads_gradients
+from .model_strategy import ModelStrategy
 from .placement import Placement
-from .reduction.collector import ESTDataParallel
 from .runtime.peers import connect
-from .runtime.writes import has_compiled
 from .seed import agree_on_seed
 from .session import Session
 from .snapshot import ESTState
 from .topology import Topology, find_topology
 from .virtual_environment import VirtualEnvironment
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
-
-class EasyScaleStrategy(DDPStrategy):
+class EasyScaleStrategy(ModelStrategy):
     """Data-parallel training of `num_ests` logical workers, bit for bit like stock DDP with as many devices.
 
     Args:
@@ -110,21 +101,21 @@ class EasyScaleStrategy(DDPStrategy):
             # Passed on only where it says something: newer torch warns of the name.
             options["broadcast_buffers"] = False
         super().__init__(
-            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **options
+            gradient_offload=gradient_offload,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            ddp_options=options,
         )
         self._check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
         self.level = det.Level.parse(determinism)
-        self.session: Session | None = None
-        self._shown: ShownGradients | None = None
         self._num_ests = num_ests
         self._reduction = reduction
         self._pool = tuple(pool) if pool is not None else None
         self._threads = threads_per_est
         self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
-        self._gradient_offload = gradient_offload
         self._backend_between_executors = process_group_backend
-        self._forward_redirection = pl.ForwardRedirection()
         self._checkpointing = Checkpointing(self, allow=tuple(allow))
 
     def __repr__(self) -> str:
@@ -302,11 +293,6 @@ class EasyScaleStrategy(DDPStrategy):
             return
         self.cluster_environment = self.virtual_environment.for_rank(rank)
 
-    @property
-    def is_lead(self) -> bool:
-        """Whether this strategy's EST leads its executor."""
-        return self.session is None or self.global_rank == self.session.lead
-
     def setup_distributed(self) -> None:
         """Nothing to connect: the virtual world is in force."""
         pl.reset_seed()
@@ -319,171 +305,6 @@ class EasyScaleStrategy(DDPStrategy):
             self.session.peers.agree("barrier")
         else:
             super().barrier(*args, **kwargs)
-
-    # -- model and optimizers --------------------------------------------------------------------------------------
-    def setup(self, trainer: Trainer) -> None:
-        """Set up as stock DDP does; what it does to parameters is no write of the user's."""
-        module = self.lightning_module
-        assert module is not None
-        # A compiled forward would be traced with the guard, and its backward make gradients in another order.
-        self._watches_steps = not module.automatic_optimization and not has_compiled(module)
-        with self._watching_writes(False):
-            super().setup(trainer)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step; only under manual optimization, uncompiled, may it write to parameters."""
-        with self._watching_writes(self._watches_steps):
-            return super().training_step(*args, **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step."""
-        with self._watching_writes(False):
-            return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step."""
-        with self._watching_writes(False):
-            return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step."""
-        with self._watching_writes(False):
-            return super().predict_step(*args, **kwargs)
-
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The backward pass."""
-        with self._watching_writes(False):
-            return super().backward(*args, **kwargs)
-
-    def _watching_writes(self, on: bool) -> AbstractContextManager[None]:
-        """Whether writes to the shared parameters are looked at (`runtime.writes`) inside the block."""
-        if self.session is None or not self.session.running:
-            return nullcontext()
-        return self.session.watching_writes(self.global_rank, on)
-
-    def model_to_device(self) -> None:
-        """Move the lead's parameters to the device and let the other ESTs alias them."""
-        assert self.model is not None
-        if not self.is_lead:
-            self._alias_parameters(self.model)
-        super().model_to_device()
-        if self.is_lead and self.session is not None:
-            self.session.shared.set(list(self.model.parameters()))
-
-    def _alias_parameters(self, model: Module) -> None:
-        assert self.session is not None
-        leading = self.session.strategies[self.session.lead].lightning_module
-        assert leading is not None
-        lead = dict(leading.named_parameters(remove_duplicate=False))
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in lead:
-                parameter.data = lead[name].data
-
-    def _setup_model(self, model: Module) -> Any:
-        session, options = self.session, self._ddp_kwargs
-        assert session is not None
-        if self.resolved_reduction == "tree":
-            pl.sync_module_states(model)
-            private = reads_before_step(self.lightning_module) or hasattr(self.precision_plugin, "scaler")
-            return session.wrap_in_tree(
-                self.global_rank, model, options, private_gradients=private, offload=self._gradient_offload
-            )
-        private = len(session.ests) > 1 and self._private_gradients
-        group = session.gradient_group(self.global_rank)
-        self._ddp_kwargs = {**options, "process_group": group}
-        if not (private or self.is_lead):
-            # Nobody looks at this EST's buckets, so they need not be copied into gradients.
-            self._ddp_kwargs["gradient_as_bucket_view"] = True
-        try:
-            wrapped = super()._setup_model(model)
-        finally:
-            self._ddp_kwargs = options
-        session.collect_gradients(
-            self.global_rank,
-            wrapped,
-            group,
-            saved_layout=self._checkpointing.saved_layout,
-            bucket_cap_mb=options["bucket_cap_mb"],
-            rebuilds=options["static_graph"] or not options["find_unused_parameters"],
-            private_gradients=private,
-        )
-        return wrapped
-
-    @property
-    def _private_gradients(self) -> bool:
-        """Whether every EST needs reduced gradients of its own, under an order that is collected by DDP."""
-        options = self._ddp_kwargs
-        scaled = getattr(self.precision_plugin, "scaler", None) is not None
-        unusual = options["find_unused_parameters"] or options["static_graph"] or self.resolved_reduction == "tree"
-        return scaled or unusual or reads_gradients(self.lightning_module)
-
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Accumulate gradients without reducing them."""
-        if isinstance(self.model, (DistributedDataParallel, ESTDataParallel)):
-            with self.model.no_sync():
-                yield
-        else:
-            yield
-
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Prepare the module's gradients; manual optimization: reduce the backward that follows."""
-        super().pre_backward(closure_loss)
-        if self._shown is not None:
-            self._shown.part()
-        module = self.lightning_module
-        if isinstance(self.model, ESTDataParallel) and module is not None and not module.automatic_optimization:
-            self.model.prepare_for_backward()
-
-    def _register_ddp_hooks(self) -> None:
-        """The communication hook is the runtime's own."""
-
-    def setup_optimizers(self, trainer: Trainer) -> None:
-        """Create optimizers; only the lead's step."""
-        super().setup_optimizers(trainer)
-        assert self.session is not None
-        if self.is_lead:
-            self.session.lead_optimizers = self.optimizers
-        if len(self.session.ests) > 1:
-            meet = self._meet_before_step if reads_before_step(self.lightning_module) else None
-            reduced = self._shown = None
-            if not self._private_gradients:
-                assert self.lightning_module is not None
-                shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
-                reduced = shown.keep if self.is_lead else shown.show
-                self._shown = None if self.is_lead else shown
-            for index, optimizer in enumerate(self.optimizers):
-                follow_lead(
-                    optimizer,
-                    index,
-                    self.session.turns,
-                    is_lead=self.is_lead,
-                    meet=meet,
-                    reduced=reduced,
-                    watching_writes=self._watching_writes,
-                )
-            self._show_lead_state()
-
-    def _show_lead_state(self) -> None:
-        assert self.session is not None
-        if not self.is_lead:
-            for optimizer, lead in zip(self.optimizers, self.session.lead_optimizers, strict=True):
-                optimizer.state = LeadState(optimizer, lead)  # type: ignore[assignment]
-        # Lightning's wrappers copy attributes when they are made.
-        self.optimizers = self.optimizers
-
-    def _meet_before_step(self) -> None:
-        assert self.session is not None
-        self.session.meet_locally(self.global_rank, "before_optimizer_step")
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the state into the lead's optimizers; the others take the parameter groups only."""
-        if self.is_lead:
-            super().load_optimizer_state_dict(checkpoint)
-            return
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict({**state, "state": {}})
-        self._show_lead_state()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     @property
@@ -538,21 +359,6 @@ class EasyScaleStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Restore what is the EST's own."""
         self._checkpointing.resume()
-
-    def teardown(self) -> None:
-        """Keep parameters shared when the lead's move to the CPU, once every EST has done its last step."""
-        session = self.session
-        if session is not None and session.running and not session.executor.failed and len(session.ests) > 1:
-            session.meet_locally(self.global_rank, "teardown")
-        with self._watching_writes(False):
-            if not self.is_lead and self.lightning_module is not None:
-                self._alias_parameters(self.lightning_module)
-            if isinstance(self.model, ESTDataParallel):
-                self.model.remove_hooks()
-                self.model = self.lightning_module
-            super().teardown()
-        if self.is_lead and session is not None:
-            session.shared.refresh()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

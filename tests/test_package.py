@@ -104,7 +104,7 @@ GLUE = {
     "launcher.py",
     "strategy.py",
 }
-GLUE |= {"optimization.py", "session.py", "virtual_environment.py"}
+GLUE |= {"model_strategy.py", "optimization.py", "session.py", "virtual_environment.py"}
 
 
 def lightning_imports(path):

@@ -26,7 +26,8 @@ from torch.utils.hooks import RemovableHandle
 from ..reduction.exchange import Reduction
 from ..reduction.lane import Pending
 from ..reduction.layout import BucketLayout, rebuilt_layout, regroup
-from .process_group import Channel, VirtualProcessGroup, work_of
+from .channel import Channel
+from .process_group import VirtualProcessGroup, work_of
 from .world import WorldState
 
 

@@ -10,8 +10,7 @@ A broadcast whose root leads its executor needs no meeting: the root deposits a 
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 
-from ..placement import Placement
 from . import collectives as computed
-from .collectives import Fold, all_reduce, detached, on_host
+from .channel import Channel
+from .collectives import all_reduce, detached
 from .executor import Executor
-from .peers import Peers
 from .world import WorldState
 
 if TYPE_CHECKING:
@@ -33,68 +31,6 @@ if TYPE_CHECKING:
     _ProcessGroup = Any
 else:
     _ProcessGroup = dist.ProcessGroup
-
-Compute = Callable[[list[Any]], list[Any]]
-
-
-class Channel:
-    """One group as seen by one executor: its members and how their deposits travel.
-
-    Args:
-        name: unique name, the same on every executor.
-        ranks: EST ranks of the group, in group order.
-        executor: the local executor.
-        placement: where every EST of the world runs.
-        peers: the executors that host members.
-        fold: how floating-point tensors are reduced.
-    """
-
-    def __init__(
-        self, name: str, ranks: Sequence[int], executor: Executor, placement: Placement, peers: Peers, fold: Fold
-    ) -> None:
-        self.name = name
-        self.ranks = tuple(ranks)
-        self.executor = executor
-        self.placement = placement
-        self.peers = peers
-        self.fold = fold
-        self.local = tuple(r for r in self.ranks if r in executor.ranks)
-        self.covers_world = len(self.ranks) == placement.num_ests
-
-    def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
-        """Exchange deposits between executors and compute the local members' results."""
-        payload = b"" if self.peers.size == 1 else pickle.dumps(on_host(deposits))
-        stop, parts = self.peers.exchange(tag, stop=self.executor.stop_requested, payload=payload)
-        self._heed(stop)
-        every: dict[int, Any] = {}
-        for part in parts if payload else ():
-            every.update(pickle.loads(part))
-        every.update(deposits)
-        with torch.no_grad():
-            results = compute([every[r] for r in self.ranks])
-        return {r: results[self.ranks.index(r)] for r in self.local}
-
-    def agree(self, tag: str) -> None:
-        """Meet the other executors; the stop request travels with it."""
-        self._heed(self.peers.agree(tag, stop=self.executor.stop_requested))
-
-    def share(self, tag: str, tensors: list[Tensor], source: int) -> None:
-        """Meet the other executors and overwrite `tensors` by those of executor `source`."""
-        self._heed(self.peers.share(tag, tensors, source, stop=self.executor.stop_requested))
-
-    def _heed(self, stop: bool) -> None:
-        if self.covers_world and stop:
-            self.executor.stop_agreed = True
-
-    def duplicate(self, name: str) -> Channel:
-        """Another channel over the same ESTs, with a sequence of its own."""
-        return Channel(name, self.ranks, self.executor, self.placement, self.peers, self.fold)
-
-    def split(self, name: str, ranks: tuple[int, ...]) -> Channel:
-        """The channel of a subgroup; every executor calls this, members or not."""
-        hosts = sorted({self.placement.executor_of(r) for r in ranks})
-        peers = self.peers.subset(hosts)
-        return Channel(name, ranks, self.executor, self.placement, peers, self.fold)
 
 
 class VirtualProcessGroup(_ProcessGroup):

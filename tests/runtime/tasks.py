@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
+from lightning_easyscale.runtime.channel import Channel
 from lightning_easyscale.runtime.executor import Executor
 from lightning_easyscale.runtime.peers import Peers
-from lightning_easyscale.runtime.process_group import Channel, VirtualProcessGroup
+from lightning_easyscale.runtime.process_group import VirtualProcessGroup
 from lightning_easyscale.runtime.world import WorldState, install, set_world, uninstall
 
 Op = dist.ReduceOp
