@@ -323,7 +323,7 @@ def channels_last(config: dict[str, Any], root: Path) -> Script:
 @feature("torch.compile in configure_model", GROUP2, where="configure_model", backend="aot_eager")
 @feature("torch.compile under manual optimization", GROUP2, where="manual", backend="aot_eager")
 def compiled(config: dict[str, Any], root: Path) -> Script:
-    from .optimization import ManualAccumulation
+    from .manual_optimization import ManualAccumulation
 
     data = train_data(n=48, drop_last=True)
     if config["where"] == "configure_model":
