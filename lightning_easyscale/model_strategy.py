@@ -138,14 +138,16 @@ class ModelStrategy(DDPStrategy):
             )
         private = len(session.ests) > 1 and self._private_gradients
         group = session.gradient_group(self.global_rank)
-        self._ddp_kwargs = {**options, "process_group": group}
-        if not (private or self.is_lead):
-            # Nobody looks at this EST's buckets, so they need not be copied into gradients.
-            self._ddp_kwargs["gradient_as_bucket_view"] = True
-        try:
-            wrapped = super()._setup_model(model)
-        finally:
-            self._ddp_kwargs = options
+        # Nobody looks at the buckets of an EST that is not the lead, so they need not be copied into gradients.
+        views = options["gradient_as_bucket_view"] or not (private or self.is_lead)
+        # On the current stream, unlike Lightning 2.6: DDP's hooks fill buckets on the stream it was made on. With one
+        # per EST, nothing would order an EST's buckets before the reduction that another EST starts.
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=self.determine_ddp_device_ids(),
+            process_group=group,
+            **{**options, "gradient_as_bucket_view": views},
+        )
         session.collect_gradients(
             self.global_rank,
             wrapped,

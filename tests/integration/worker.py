@@ -68,8 +68,8 @@ class OrderedDDP(DDPStrategy):
         self.model.register_comm_hook(None, ordered_allreduce_hook)  # type: ignore[union-attr,operator]
 
 
-class Watch(Checkpoint):
-    """Notes what every hook shows; as a `Checkpoint`, it comes after every other callback."""
+class Watch(Callback):
+    """Notes what every hook shows."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -130,6 +130,10 @@ class Watch(Checkpoint):
         note(trainer.global_rank, f"teardown {stage}", [metrics, trainer.current_epoch, trainer.global_step])
 
 
+class WatchLast(Watch, Checkpoint):
+    """As a `Checkpoint`, it comes after every other callback."""
+
+
 class _Enough(BaseException):
     """Ends a stage right after its checkpoint."""
 
@@ -178,8 +182,11 @@ def run(task: Task) -> None:
             "num_sanity_val_steps": 0,
             "max_epochs": 1,
         }
+        # Without checkpoints Lightning takes no `Checkpoint`, and keeps the order in which callbacks are given.
+        plain = arguments.get("barebones") or arguments.get("enable_checkpointing") is False
+        watch = Watch(task) if plain else WatchLast(task)
         first: list[Callback] = [DeterminismCallback("D1", threads=1)] if task.placement is None else []
-        return Trainer(**{**defaults, **arguments}, callbacks=[*first, *callbacks, Watch(task)])
+        return Trainer(**{**defaults, **arguments}, callbacks=[*first, *callbacks, watch])
 
     trainer = make_trainer(**script.trainer)
     if task.resume is not None:

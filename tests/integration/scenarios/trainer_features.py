@@ -146,6 +146,8 @@ def device_stats(config: dict[str, Any], root: Path) -> Script:
 @feature("num_sanity_val_steps", GROUP, trainer={"num_sanity_val_steps": 2})
 @feature("inference_mode=False", GROUP, trainer={"inference_mode": False})
 @feature("max_epochs=0", GROUP, trainer={"max_epochs": 0})
+@feature("barebones", GROUP, trainer={"barebones": True, "max_epochs": 2}, worlds=(2, 3))
+@feature("enable_checkpointing=False", GROUP, trainer={"enable_checkpointing": False, "max_epochs": 2})
 def trainer_option(config: dict[str, Any], root: Path) -> Script:
     return Script(Model(), train_val_data(), config["trainer"])
 
