@@ -6,6 +6,7 @@ Importing the package registers ``Trainer(strategy="easyscale")`` and ``Trainer(
 from .accelerator import EasyScaleAccelerator
 from .callbacks import DeterminismCallback, RunRecord
 from .placement import Placement
+from .rebalance import Rebalance
 from .reduction.hook import ordered_allreduce_hook
 from .strategy import EasyScaleStrategy
 
@@ -16,6 +17,7 @@ __all__ = [
     "EasyScaleAccelerator",
     "EasyScaleStrategy",
     "Placement",
+    "Rebalance",
     "RunRecord",
     "__version__",
     "ordered_allreduce_hook",

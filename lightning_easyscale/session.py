@@ -193,7 +193,8 @@ class Session:
     def _meet_for_gradients(self, rank: int, work: Callable[[], None]) -> None:
         def complete(deposits: dict[int, Any]) -> dict[int, None]:
             self.channel.agree("gradients")
-            work()
+            with self.peers.waiting():
+                work()
             return dict.fromkeys(deposits)
 
         self.executor.meet(rank, self.groups[rank].next_key(), "gradients", None, complete)

@@ -42,6 +42,11 @@ class RunSpec:
         trainer: arguments of the Trainer.
         reduction: order of gradient reduction.
         process_group_backend: of the workers; None: the device's own.
+        pace: ``(first step, seconds per executor)``, ascending: from that step on every EST of an executor sleeps
+            so long before its mini-batch, which makes an emulated device as slow as one likes without using a core.
+        report: file that executor ``i`` appends the time of each of its steps to, as ``<report>.<i>``; None: no file.
+        control: file that ends the run at the next step, with a checkpoint, when it appears; None: no file.
+        rebalance: arguments of `Rebalance`; None: ESTs stay.
     """
 
     kind: str
@@ -66,6 +71,10 @@ class RunSpec:
     reduction: str = "auto"
     process_group_backend: str | None = None
     hosts: tuple[str, ...] = ()
+    pace: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    report: str | None = None
+    control: str | None = None
+    rebalance: dict[str, Any] | None = None
 
     def dumps(self) -> str:
         """As JSON; equal text means an equal run."""
@@ -82,26 +91,25 @@ class RunSpec:
 def run(spec: RunSpec) -> None:
     """Train from ``first_step`` to ``end_step``."""
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import Checkpoint
 
     from lightning_easyscale.callbacks import RunRecord
+    from lightning_easyscale.rebalance import Rebalance
 
+    from ._stage_callbacks import Pace, SaveAtEnd, StepReport
     from ._workloads import Classifier, DigitsData, build_net
-
-    class SaveAtEnd(Checkpoint):
-        """Takes the on-demand checkpoint; as a `Checkpoint`, it comes after every other callback."""
-
-        def on_train_batch_end(
-            self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
-            if trainer.global_step == spec.end_step:
-                trainer.save_checkpoint(spec.save)
 
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     shape = {key: spec.workload[key] for key in ("image_size", "channels")}
     net = build_net(spec.workload["model"], spec.workload["source"], **shape)
     arguments = _reference_arguments(spec) if spec.kind == "reference" else _easyscale_arguments(spec)
-    callbacks = [RunRecord(spec.record, digest_at=spec.digest_at), *arguments.pop("callbacks", ()), SaveAtEnd()]
+    callbacks = [RunRecord(spec.record, digest_at=spec.digest_at), *arguments.pop("callbacks", ())]
+    if spec.pace:
+        callbacks.append(Pace(spec.pace))
+    if spec.report is not None:
+        callbacks.append(StepReport(spec.report))
+    if spec.rebalance is not None:
+        callbacks.append(Rebalance(**spec.rebalance))
+    callbacks.append(SaveAtEnd(spec.save, end_step=spec.end_step, control=spec.control))
     trainer = pl.Trainer(
         **arguments,
         callbacks=callbacks,

@@ -94,6 +94,7 @@ PACKAGE = ROOT / "lightning_easyscale"
 # What runs inside Lightning; everything else is the core, which knows nothing of it.
 GLUE = {
     "callbacks.py",
+    "rebalance.py",
     "checkpointing.py",
     "seed.py",
     "snapshot.py",

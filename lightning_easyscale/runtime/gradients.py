@@ -226,7 +226,8 @@ class GradientExchange:
         results = []
         with torch.no_grad():
             for index in sorted(self._pending):
-                reduced, last = self._pending[index].wait(), self._last[index]
+                with self._channel.peers.waiting():
+                    reduced, last = self._pending[index].wait(), self._last[index]
                 kept = not self._private or reduced.data_ptr() == last.data_ptr()
                 results.append(reduced if kept else last.copy_(reduced))
         self._pending.clear()

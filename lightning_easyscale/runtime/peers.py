@@ -13,9 +13,10 @@ import atexit
 import gc
 import hashlib
 import pickle
+import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -63,6 +64,10 @@ class Peers:
         size: number of executors.
         control: gloo group over all executors, for headers and Python objects; None if `size` is 1.
         data: group over all executors for tensors on the job's device (NCCL or gloo); None if `size` is 1.
+
+    Attributes:
+        physical_collectives: how many collectives between executors were waited for.
+        waited_s: seconds spent waiting for the other executors; what is left of a step is this executor's own work.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Peers:
         self.control = control
         self.data = data
         self.physical_collectives = 0
+        self.waited_s = 0.0
         self._all_know = False  # that this run has failed
 
     def agree(self, tag: str, *, stop: bool = False) -> bool:
@@ -192,6 +198,15 @@ class Peers:
         index = executors.index(self.index) if self.index in executors else -1
         return Peers(index, len(executors), control, data)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside the block as `waited_s`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - began
+
     def _exchange_headers(self, header: Header, tag: str) -> list[Header]:
         assert self.control is not None
         outputs = [torch.empty(_HEADER_BYTES, dtype=torch.uint8) for _ in range(self.size)]
@@ -201,7 +216,8 @@ class Peers:
     def _wait(self, work: dist.Work, what: str) -> None:
         self.physical_collectives += 1
         try:
-            work.wait()
+            with self.waiting():
+                work.wait()
         except RuntimeError as error:
             self._all_know = True
             raise ESTHang(
