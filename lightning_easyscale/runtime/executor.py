@@ -6,6 +6,7 @@ Protocol. Every EST runs its function in a thread of its own (the lead, the lowe
 Invariants:
 
 - Exactly one EST of an executor runs at any time; process-wide state belongs to it (see `context.py`).
+- An EST that waits for a message lets the others run; only when none can does the executor wait for other executors.
 - After a meeting the lead runs first, then the others in rank order. So at any time the lead is at least as far as
   every other EST, which is what lets a broadcast from rank 0 be served without waiting (`Executor.publish`). Only a
   collective of some ESTs can hold the lead back; where order matters the others then wait (`Executor.in_turn`).
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .errors import CollectiveMismatch, ESTAborted, ESTHang
+from .errors import CollectiveMismatch, ESTAborted, ESTHang, RemoteESTError
+from .messages import Mailbox
 from .peers import Peers
 
 
@@ -49,7 +52,8 @@ class Meeting:
     members: tuple[int, ...]
     tag: str
     deposits: dict[int, Any] = field(default_factory=dict)
-    ready: Callable[[], bool] = bool  # of a message that is waited for: whether it has come
+    ready: Callable[[], bool] = bool  # of what is waited for without a meeting: whether it has come
+    outside: bool = False  # another executor may bring it
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Executor:
     Attributes:
         switches: how often the baton went from one EST to another.
         meetings: how many rendezvous were completed here.
+        mail: messages between ESTs.
     """
 
     def __init__(self, contexts: Mapping[int, Context], peers: Peers, *, timeout: float) -> None:
@@ -89,7 +94,7 @@ class Executor:
         self._ests = {rank: _EST(rank, context) for rank, context in contexts.items()}
         self._meetings: dict[Any, Meeting] = {}
         self._published: dict[Any, tuple[str, Any, set[int]]] = {}
-        self._letters: dict[Any, list[Any]] = {}
+        self.mail = Mailbox(self.ranks, peers.store)
         self._passed: dict[Any, int] = {}
         self._failure: tuple[int, BaseException] | None = None
 
@@ -113,8 +118,9 @@ class Executor:
         self._failure = None
         self._meetings.clear()
         self._published.clear()
-        self._letters.clear()
+        self.mail.clear()
         self._passed.clear()
+        self.peers.begin()
         results: dict[int, Any] = {}
         for est in self._ests.values():
             est.finished, est.holds, est.waiting_for, est.inbox = False, False, None, None
@@ -243,51 +249,60 @@ class Executor:
         """
         self._check_alive()
         place = self.ranks.index(rank)
-        if self._passed.get(key, 0) < place:
-            est = self._ests[rank]
-            est.waiting_for = Meeting((rank,), f"its turn in {tag}", ready=lambda: self._passed.get(key, 0) >= place)
-            self._pass_to(self._next_runnable(rank), leaving=rank)
-            self._take_turn(rank)
-            est.waiting_for = None
+        self.wait_until(rank, f"its turn in {tag}", lambda: self._passed.get(key, 0) >= place)
         if place + 1 < len(self.ranks):
             self._passed[key] = place + 1
         else:
             self._passed.pop(key, None)
 
-    def post(self, address: Any, letter: Any) -> None:
-        """Leave a message for another EST of this executor; does not wait."""
-        self._check_alive()
-        self._letters.setdefault(address, []).append(letter)
+    def wait_until(self, rank: int, tag: str, ready: Callable[[], bool], *, outside: bool = False) -> None:
+        """Let the other ESTs run until something has come.
 
-    def collect(self, rank: int, address: Any) -> Any:
-        """Wait for a message and take it, oldest first."""
+        Args:
+            rank: the calling EST.
+            tag: what it waits for, for messages.
+            ready: whether it has come.
+            outside: whether another executor may bring it.
+        """
         self._check_alive()
+        if ready():
+            return
         est = self._ests[rank]
-        if not self._letters.get(address):
-            est.waiting_for = Meeting((rank,), f"recv{address}", ready=lambda: bool(self._letters.get(address)))
-            self._pass_to(self._next_runnable(rank), leaving=rank)
+        est.waiting_for = Meeting((rank,), tag, ready=ready, outside=outside)
+        following = self._next_runnable(rank)
+        if following != rank:
+            self._pass_to(following, leaving=rank)
             self._take_turn(rank)
-            est.waiting_for = None
-        return self._letters[address].pop(0)
+        est.waiting_for = None
 
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise ESTAborted(f"EST {self._failure[0]} failed")
 
     def _next_runnable(self, rank: int) -> int:
-        start = self.ranks.index(rank)
-        order = self.ranks[start + 1 :] + self.ranks[:start]
-        for candidate in order:
-            est = self._ests[candidate]
-            if not est.finished and (est.waiting_for is None or est.waiting_for.ready()):
-                return candidate
-        waiting = "; ".join(
-            f"EST {r} " + (f"waits in `{e.waiting_for.tag}`" if e.waiting_for is not None else "has ended")
-            for r, e in self._ests.items()
-        )
-        raise CollectiveMismatch(
-            f"no EST can go on: {waiting}. HINT: every rank has to call the same collectives the same number of times."
-        )
+        start = self.ranks.index(rank) + 1
+        order = self.ranks[start:] + self.ranks[:start]
+        began, pause = time.monotonic(), 1e-4
+        while True:
+            for candidate in order:
+                est = self._ests[candidate]
+                if not est.finished and (est.waiting_for is None or est.waiting_for.ready()):
+                    return candidate
+            waits = {r: e.waiting_for for r, e in self._ests.items() if not e.finished}
+            states = "; ".join(
+                f"EST {r} " + (f"waits in `{wait.tag}`" if (wait := waits.get(r)) is not None else "has ended")
+                for r in self.ranks
+            )
+            if not any(wait is not None and wait.outside for wait in waits.values()):
+                raise CollectiveMismatch(
+                    f"no EST can go on: {states}."
+                    " HINT: every rank has to call the same collectives the same number of times."
+                )
+            self.peers.raise_failure()
+            if time.monotonic() - began > self.timeout:
+                raise ESTHang(f"nothing came from the other executors in {self.timeout:.0f} s: {states}.")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
 
     def _pass_to(self, rank: int, leaving: int | None = None) -> None:
         if leaving is not None:
@@ -348,7 +363,7 @@ class Executor:
         if self._failure is None:
             try:
                 following = self._ests[self._next_runnable(rank)]
-            except CollectiveMismatch as error:
+            except (CollectiveMismatch, ESTHang, RemoteESTError) as error:
                 self.fail(rank, error)
         following.waiting_for = None
         self._pass_to(following.rank, leaving=rank)

@@ -27,7 +27,8 @@ from ..reduction.exchange import Reduction
 from ..reduction.lane import Pending
 from ..reduction.layout import BucketLayout, rebuilt_layout, regroup
 from .channel import Channel
-from .process_group import VirtualProcessGroup, work_of
+from .process_group import VirtualProcessGroup
+from .works import work_of
 from .world import WorldState
 
 

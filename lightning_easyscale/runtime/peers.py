@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from .errors import CollectiveMismatch, ESTHang, RemoteESTError
 from .world import physical_world
@@ -32,6 +33,7 @@ _connected: weakref.WeakSet[Peers] = weakref.WeakSet()
 _HEADER_BYTES = 1024
 _ROOM = _HEADER_BYTES - 32
 _FAILED, _STOP = 1, 2
+_FAILURES = "easyscale/failures"
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Peers:
         size: number of executors.
         control: gloo group over all executors, for headers and Python objects; None if `size` is 1.
         data: group over all executors for tensors on the job's device (NCCL or gloo); None if `size` is 1.
+        store: key-value store of all executors; None if `size` is 1.
 
     Attributes:
         physical_collectives: how many collectives between executors were waited for.
@@ -71,15 +74,36 @@ class Peers:
     """
 
     def __init__(
-        self, index: int, size: int, control: dist.ProcessGroup | None = None, data: dist.ProcessGroup | None = None
+        self,
+        index: int,
+        size: int,
+        control: dist.ProcessGroup | None = None,
+        data: dist.ProcessGroup | None = None,
+        store: dist.Store | None = None,
     ) -> None:
         self.index = index
         self.size = size
         self.control = control
         self.data = data
+        self.store = store
         self.physical_collectives = 0
         self.waited_s = 0.0
         self._all_know = False  # that this run has failed
+        self._failures = 0
+
+    def begin(self) -> None:
+        """A run begins, on every executor."""
+        if self.store is not None:
+            self._failures = self.store.add(_FAILURES, 0)
+
+    def raise_failure(self) -> None:
+        """Look, without waiting, whether another executor has failed in this run.
+
+        Raises:
+            RemoteESTError: if so, with the cause.
+        """
+        if self.store is not None and self.store.add(_FAILURES, 0) > self._failures:
+            self.agree("failure")
 
     def agree(self, tag: str, *, stop: bool = False) -> bool:
         """Start a rendezvous that spans executors; see `exchange`. Returns whether any executor was asked to stop."""
@@ -130,6 +154,8 @@ class Peers:
         if self.control is None or self._all_know:
             self._all_know = False
             return
+        if self.store is not None:
+            self.store.add(_FAILURES, 1)
         with suppress(ESTHang, RemoteESTError):
             self._exchange_headers(Header(bytes(16), _FAILED), "failure")
             self.all_gather_object(message)
@@ -267,7 +293,7 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
         return Peers(0, 1)
     # Of its own, so that a header never queues behind tensors and a failure can be told while others exchange data.
     control = dist.new_group(backend="gloo", timeout=timeout)
-    peers = Peers(index, size, control, data)
+    peers = Peers(index, size, control, data, c10d._get_default_store())
     _connected.add(peers)
     return peers
 
@@ -275,7 +301,7 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
 def _disconnect() -> None:
     """Let go of the groups while the interpreter is whole: later, their running threads would abort the process."""
     for peers in _connected:
-        peers.control = peers.data = None
+        peers.control = peers.data = peers.store = None
     with physical_world():
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -10,6 +10,8 @@ A broadcast whose root leads its executor needs no meeting: the root deposits a 
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group  # type: ignore[attr-defined]
 
 from . import collectives as computed
 from .channel import Channel
-from .collectives import all_reduce, detached
+from .collectives import all_reduce, detached, on_host
 from .executor import Executor
+from .messages import Address
+from .works import Receipt, copy_into, done
 from .world import WorldState
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     _ProcessGroup = Any
 else:
     _ProcessGroup = dist.ProcessGroup
+
+_numbers = itertools.count()
 
 
 class VirtualProcessGroup(_ProcessGroup):
@@ -49,7 +55,11 @@ class VirtualProcessGroup(_ProcessGroup):
         self._channel = channel
         self._world_state = world
         self._sequence = 0
-        self._set_group_name(f"{channel.name}/est{est_rank}")
+        # Functional collectives and device meshes find a group by its name, which is unique in the process.
+        self._name = f"{channel.name}/est{est_rank}/{next(_numbers)}"
+        self._set_group_name(self._name)
+        _register_process_group(self._name, self)  # type: ignore[arg-type]
+        weakref.finalize(self, _unregister_process_group, self._name).atexit = False  # type: ignore[arg-type]
 
     # -- identity ------------------------------------------------------------------------------------------------
     def getBackendName(self) -> str:  # noqa: N802
@@ -59,7 +69,7 @@ class VirtualProcessGroup(_ProcessGroup):
     @property
     def group_name(self) -> str:
         """The group's name; torch's own attribute has none for a group without C++ backends."""
-        return f"{self._channel.name}/est{self._est_rank}"
+        return self._name
 
     def size(self) -> int:
         """Number of ESTs in the group."""
@@ -123,8 +133,8 @@ class VirtualProcessGroup(_ProcessGroup):
             _tag("reduce", targets, root, op), targets, lambda every: all_reduce(every, op, self._channel.fold)
         )
         if self._group_rank == root:
-            _copy(targets, results)
-        return _done(targets)
+            copy_into(targets, results)
+        return done(targets)
 
     def broadcast(self, tensors: Any, opts: Any = None) -> dist.Work:
         """Copy the root's tensors to all members, in place."""
@@ -146,50 +156,50 @@ class VirtualProcessGroup(_ProcessGroup):
         else:
             results = self._meet(tag, targets, lambda every: [every[root]] * len(every))
         if self._group_rank != root:
-            _copy(targets, results)
-        return _done(targets)
+            copy_into(targets, results)
+        return done(targets)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every member's tensor, in rank order."""
         results = self._meet(_tag("all_gather", None), inputs, computed.gather_all)
         for output, parts in zip(outputs, zip(*results, strict=True), strict=True):
-            _copy(output, list(parts))
-        return _done(outputs)
+            copy_into(output, list(parts))
+        return done(outputs)
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """As `allgather`; ``outputs[rank][i]`` is member `rank`'s i-th tensor."""
         for output, result in zip(
             outputs, self._meet(_tag("all_gather", inputs), inputs, computed.gather_all), strict=True
         ):
-            _copy(output, result)
-        return _done(outputs)
+            copy_into(output, result)
+        return done(outputs)
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
         """Every member's tensor, concatenated in rank order."""
         results = self._meet(_tag("all_gather_single", [tensor]), [tensor], computed.gather_all)
-        _copy([output], [torch.cat([part.reshape(-1) for (part,) in results]).view(output.shape)])
-        return _done([output])
+        copy_into([output], [torch.cat([part.reshape(-1) for (part,) in results]).view(output.shape)])
+        return done([output])
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """`all_gather_single` for several tensors."""
         for output, tensor in zip(outputs, inputs, strict=True):
             self.all_gather_single(output, tensor, opts)
-        return _done(outputs)
+        return done(outputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every member's tensor, at the root."""
         root = _root(opts)
         results = self._meet(_tag("gather", None, root), inputs, computed.gather_all)
         if self._group_rank == root:
-            _copy(outputs[0], [part for (part,) in results])
-        return _done(outputs)
+            copy_into(outputs[0], [part for (part,) in results])
+        return done(outputs)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
         """Each member its own of the root's tensors."""
         root = _root(opts)
         result = self._meet(_tag("scatter", outputs, root), inputs, lambda every: computed.scatter(every, root))
-        _copy(outputs, [result])
-        return _done(outputs)
+        copy_into(outputs, [result])
+        return done(outputs)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> dist.Work:
         """Each member its own part of the reduced list."""
@@ -197,8 +207,8 @@ class VirtualProcessGroup(_ProcessGroup):
         result = self._meet(
             _tag("reduce_scatter", outputs, op), inputs[0], lambda e: computed.reduce_scatter(e, op, self._channel.fold)
         )
-        _copy(outputs, [result])
-        return _done(outputs)
+        copy_into(outputs, [result])
+        return done(outputs)
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
         """Each member its own chunk of the reduced tensor."""
@@ -208,8 +218,8 @@ class VirtualProcessGroup(_ProcessGroup):
             [tensor],
             lambda every: computed.reduce_scatter_single(every, op, self._channel.fold),
         )
-        _copy([output], [result.view(output.shape)])
-        return _done([output])
+        copy_into([output], [result.view(output.shape)])
+        return done([output])
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
@@ -217,12 +227,12 @@ class VirtualProcessGroup(_ProcessGroup):
         """`reduce_scatter_single` for several tensors."""
         for output, tensor in zip(outputs, inputs, strict=True):
             self.reduce_scatter_single(output, tensor, opts)
-        return _done(outputs)
+        return done(outputs)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Member j gets the j-th tensor of every member."""
-        _copy(outputs, self._meet(_tag("all_to_all", None), inputs, computed.all_to_all))
-        return _done(outputs)
+        copy_into(outputs, self._meet(_tag("all_to_all", None), inputs, computed.all_to_all))
+        return done(outputs)
 
     def all_to_all_single(
         self, output: Tensor, tensor: Tensor, output_sizes: list[int], input_sizes: list[int], opts: Any = None
@@ -235,7 +245,7 @@ class VirtualProcessGroup(_ProcessGroup):
     def barrier(self, opts: Any = None, **_: Any) -> dist.Work:
         """Wait for all members."""
         self._meet("barrier", None, lambda every: [None] * len(every))
-        return _done([])
+        return done([])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """Wait for all members; the runtime's own timeout applies."""
@@ -255,23 +265,23 @@ class VirtualProcessGroup(_ProcessGroup):
     # -- point to point ----------------------------------------------------------------------------------------------
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> dist.Work:
         """Send to one member; buffered, so it does not wait for the receiver."""
-        to = self._channel.ranks[destination]
-        self._channel.executor.post(
-            (self._channel.name, self._est_rank, to, tag), [t.detach().clone() for t in tensors]
-        )
-        return _done(tensors)
+        receiver = self._channel.ranks[destination]
+        copies = [t.detach().clone() for t in tensors]
+        letter = copies if receiver in self._channel.local else on_host(copies)
+        self.executor.mail.post(Address(self._channel.name, self._est_rank, receiver, tag), letter)
+        return done(tensors)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> dist.Work:
-        """Receive from one member, in place."""
-        sender = self._channel.ranks[source]
-        if sender not in self._channel.local:
-            raise RuntimeError(
-                f"`recv` from rank {sender} on another executor: point-to-point messages between executors are not"
-                " supported. HINT: use a collective such as `all_gather` or `broadcast`."
-            )
-        letter = self._channel.executor.collect(self._est_rank, (self._channel.name, sender, self._est_rank, tag))
-        _copy(tensors, letter)
-        return _done(tensors)
+        """Receive from one member, in place, by the time the returned work is waited for."""
+        return Receipt(self._est_rank, self.executor, tensors, {source: self._from(source, tag)})
+
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
+        """Receive from any member: the lowest whose message has come."""
+        others = {i: self._from(i, tag) for i in range(self.size()) if i != self._group_rank}
+        return Receipt(self._est_rank, self.executor, tensors, others)
+
+    def _from(self, source: int, tag: int) -> Address:
+        return Address(self._channel.name, self._channel.ranks[source], self._est_rank, tag)
 
     # -- internals ---------------------------------------------------------------------------------------------------
     def _meet(self, tag: str, deposit: Any, compute: Any, *, per_executor: bool = False) -> Any:
@@ -292,8 +302,8 @@ class VirtualProcessGroup(_ProcessGroup):
             tensors,
             lambda every: all_reduce(every, op, self._channel.fold, coalesced=coalesced),
         )
-        _copy(tensors, results)
-        return _done(tensors)
+        copy_into(tensors, results)
+        return done(tensors)
 
 
 @dataclass
@@ -305,24 +315,6 @@ class _Opaque:
 
 def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    # No write of one EST's own: what a collective brings is the same for all ESTs.
-    with torch.no_grad(), torch._C.DisableTorchFunction():
-        for target, source in zip(targets, sources, strict=True):
-            target.detach().copy_(source)
-
-
-def _done(result: Any) -> dist.Work:
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    future.set_result(result)
-    return work_of(future)
-
-
-def work_of(future: torch.futures.Future[Any]) -> dist.Work:
-    """What a collective returns whose result `future` will hold."""
-    return _create_work_from_future(future)
 
 
 def _op(opts: Any) -> dist.ReduceOp:

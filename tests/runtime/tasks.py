@@ -201,12 +201,18 @@ class Context:
 
 
 def ests(
-    group: Any, index: int, placement: tuple[int, ...], function: Callable[[int], Any], *, fold: str = "ddp"
+    group: Any,
+    index: int,
+    placement: tuple[int, ...],
+    function: Callable[[int], Any],
+    *,
+    fold: str = "ddp",
+    store: dist.Store | None = None,
 ) -> dict[int, Any]:
     """Run `function(rank)` in every EST of this executor."""
     where = Placement(placement)
     mine = where.ranges[index]
-    peers = Peers(index, len(placement), group, group) if len(placement) > 1 else Peers(0, 1)
+    peers = Peers(index, len(placement), group, group, store) if len(placement) > 1 else Peers(0, 1)
     worlds = {r: WorldState() for r in mine}
     executor = Executor({r: Context(world) for r, world in worlds.items()}, peers, timeout=20)
 
@@ -226,7 +232,7 @@ def ests(
 
 
 # -- executors that do not agree -------------------------------------------------------------------------------------
-def disagree(group: Any, rank: int, what: str) -> tuple[str, str]:
+def disagree(group: Any, rank: int, what: str, store: str = "") -> tuple[str, str]:
     """The error that each of two executors with one EST each ends with."""
 
     def est(r: int) -> None:
@@ -238,10 +244,12 @@ def disagree(group: Any, rank: int, what: str) -> tuple[str, str]:
         elif what == "failure":
             if r == 1:
                 raise ZeroDivisionError("the cause")
+            if store:
+                dist.recv(torch.zeros(1), 1)
             dist.barrier()
 
     try:
-        ests(group, rank, (1, 1), est)
+        ests(group, rank, (1, 1), est, store=dist.FileStore(store, 2) if store else None)
     except BaseException as error:
         return type(error).__name__, str(error)
     return "", ""

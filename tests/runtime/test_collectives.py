@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,8 +45,10 @@ def test_executors_at_different_collectives(pool: Pool, what: str) -> None:
         assert "HINT: every rank has to call the same collectives" in message
 
 
-def test_a_failure_elsewhere_is_told_with_its_cause(pool: Pool) -> None:
-    (kind, message), (own, cause) = pool.run(2, tasks.disagree, what="failure")
+@pytest.mark.parametrize("waits_in", ["barrier", "recv"])
+def test_a_failure_elsewhere_is_told_with_its_cause(pool: Pool, tmp_path: Path, waits_in: str) -> None:
+    store = str(tmp_path / "store") if waits_in == "recv" else ""
+    (kind, message), (own, cause) = pool.run(2, tasks.disagree, what="failure", store=store)
     assert (own, cause) == ("ZeroDivisionError", "the cause")
     assert kind == "RemoteESTError"
     assert message == "EST 1 failed on executor 1: ZeroDivisionError('the cause')"

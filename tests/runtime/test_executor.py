@@ -13,6 +13,7 @@ import pytest
 
 from lightning_easyscale.runtime.errors import CollectiveMismatch, ESTAborted, ESTHang
 from lightning_easyscale.runtime.executor import Executor
+from lightning_easyscale.runtime.messages import Address
 from lightning_easyscale.runtime.peers import Peers
 
 
@@ -119,19 +120,30 @@ def test_switches_are_as_many_as_ests_per_meeting(make: Any) -> None:
     assert executor.switches <= 3 * 10 + 3
 
 
-def test_post_and_collect(make: Any) -> None:
+def test_an_est_that_waits_for_a_message_lets_the_others_run(make: Any) -> None:
     executor, log = make(), []
+    address = Address("world", 1, 0, 0)
 
     def est(rank: int) -> Any:
         if rank == 0:
             log.append("waits")
-            return [executor.collect(0, "mail"), executor.collect(0, "mail")]
-        log.append(f"{rank} posts")
-        executor.post("mail", rank)
+            first, second = executor.mail.claim(address), executor.mail.claim(address)
+            executor.wait_until(0, "mail", lambda: executor.mail.has(address, second))
+            return [executor.mail.take(address, second), executor.mail.take(address, first)]
+        log.append(f"{rank} runs")
+        if rank == 1:
+            executor.mail.post(address, "one")
+            executor.mail.post(address, "two")
         return None
 
-    assert run(executor, est)[0] == [1, 2]
-    assert log == ["waits", "1 posts", "2 posts"]
+    assert run(executor, est)[0] == ["two", "one"]
+    assert log == ["waits", "1 runs", "2 runs"]
+
+
+def test_a_message_that_nobody_sends(make: Any) -> None:
+    executor = make()
+    with pytest.raises(CollectiveMismatch, match=r"no EST can go on: EST 0 waits in `mail`; EST 1 has ended"):
+        run(executor, lambda rank: rank or executor.wait_until(0, "mail", lambda: False))
 
 
 def test_a_mismatch_names_both_ranks_and_calls(make: Any) -> None:

@@ -158,14 +158,6 @@ class Calls(Model):
         dnn.functional.all_reduce(leaf * (rank + 1)).pow(2).sum().backward()
         self._note("gradient", leaf.grad)
 
-    def point_to_point(self, rank: int, size: int, values: Tensor) -> None:
-        if rank == 0:
-            dist.send(values, dst=1)
-        elif rank == 1:
-            got = torch.zeros(7)
-            dist.recv(got, src=0)
-            self._note("got", got)
-
 
 CALLS = (
     "all_reduce",
