@@ -15,7 +15,7 @@ pip_install := PIP_DISABLE_PIP_VERSION_CHECK=1 $(python) -m pip install --quiet 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo lint test test-all test-gpu clean
+.PHONY: help install install-dev demo lint test test-all test-gpu keep-reports clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,11 +38,16 @@ test: lint  ## checks and tests that fit in 20 minutes on 2 cores
 
 test-all: lint  ## the same with the full product of cases; report in outputs/test-all
 	@mkdir -p outputs/test-all
-	$(python) -m pytest -m "not gpu" --junit-xml=outputs/test-all/junit.xml $(PYTEST_ARGS)
+	$(python) -m pytest -m "not gpu" --junit-xml=outputs/test-all/junit.xml $(PYTEST_ARGS); ended=$$?; \
+	  $(python) -m tests.report outputs/test-all/junit.xml --report outputs/test-all/report.md && exit $$ended
 
 test-gpu: $(VENV)/.installed-dev  ## tests that need a CUDA device; report in outputs/test-gpu
 	@mkdir -p outputs/test-gpu
 	$(python) -m pytest -m gpu --junit-xml=outputs/test-gpu/junit.xml $(PYTEST_ARGS)
+
+keep-reports: $(VENV)/.installed-dev  ## write recipes/results and README from the last test-all and test-gpu
+	$(python) -m tests.report $(wildcard outputs/test-all/*.xml outputs/test-gpu/*.xml) \
+	  --report recipes/results/test_report.md --features recipes/results/features.md --readme README.md
 
 clean:  ## remove .venv, caches and build leftovers; outputs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import pytest
 
 from .harness import Runs
 from .scenario import Feature
 from .scenarios import MODULES
-from .table import table
-
-_RESULTS: pytest.StashKey[dict] = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
@@ -35,24 +30,16 @@ def fresh_runs() -> Iterator[Callable[[Mapping[str, str]], Runs]]:
         runs.close()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RESULTS] = {}
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Note how each feature did, for the table."""
-    report = (yield).get_result()  # type: ignore[misc]
-    parameters = getattr(item, "callspec", None)
-    if report.when == "call" and parameters is not None and isinstance(parameters.params.get("item"), Feature):
-        outcome = "equal" if report.passed else "not yet" if report.skipped else "differs"
-        feature = parameters.params["item"]
-        key = feature.group, feature.name, parameters.params["placement"]
-        item.config.stash[_RESULTS][key] = outcome
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the table of features where ``EASYSCALE_FEATURE_TABLE`` says, from a run of all of them."""
-    results, path = session.config.stash[_RESULTS], os.environ.get("EASYSCALE_FEATURE_TABLE")
-    if path and results:
-        Path(path).write_text(table(results))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let reports say which feature a test stands for; `tests.report` makes the table of them."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        feature = parameters.params.get("item") if parameters is not None else None
+        if isinstance(feature, Feature):
+            assert parameters is not None
+            item.user_properties += [
+                ("feature", feature.name),
+                ("group", feature.group),
+                ("placement", "+".join(map(str, parameters.params["placement"]))),
+                ("device", "CPU" if item.get_closest_marker("gpu") is None else "GPU"),
+            ]

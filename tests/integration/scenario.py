@@ -59,7 +59,7 @@ class Feature:
         group: heading of the table.
         build: ``module:function``.
         config: its plain-data config.
-        worlds: sizes N it is run with; None: one of 2, 3, 4, by turns.
+        worlds: sizes N it is run with; None: one of 2, 3, 4.
         xfail: why it does not work yet.
         same_error: the type of the error that the script ends with, the same in both.
         files: whether the files that it writes are compared.
