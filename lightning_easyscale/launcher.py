@@ -11,9 +11,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _lightning as pl
+from .elastic.control import FOLDER_VARIABLE
+from .elastic.spare import wait_as_spare
 from .environment import apply_environment, environment_in_force
 from .topology import EXECUTOR_VARIABLE
 
@@ -33,6 +36,8 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
+        if self.strategy.topology.is_spare:
+            wait_as_spare(Path(os.environ[FOLDER_VARIABLE]))
         if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
             self._start_executors()
         return self.strategy.run(trainer, function, args, kwargs)
