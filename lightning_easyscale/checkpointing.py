@@ -63,6 +63,7 @@ class Checkpointing:
         self._entry: dict[str, Any] | None = None
         self._history: list[dict[str, Any]] = []
         self._follower: LoaderFollower | None = None
+        self._written: dict[str, int] = {}  # path -> the trainer call in which it was saved
 
     @property
     def follower(self) -> LoaderFollower:
@@ -85,11 +86,12 @@ class Checkpointing:
         assert module is not None
         return module.trainer
 
-    def complete(self, checkpoint: dict[str, Any]) -> None:
-        """Add the ``easyscale`` entry; a collective while ESTs run."""
+    def complete(self, checkpoint: dict[str, Any], path: Any) -> None:
+        """Add the ``easyscale`` entry to what is to be saved at `path`; a collective while ESTs run."""
         strategy = self._strategy
         session = strategy.session
         assert session is not None
+        self._written[str(path)] = session.calls
         # Between trainer calls the process's generators are the lead's; the other ESTs left theirs when they ended.
         states = session.gather(
             strategy.global_rank,
@@ -128,7 +130,9 @@ class Checkpointing:
         checkpoint = _copy_containers(checkpoint)
         self._entry = None
         trainer = strategy.lightning_module.trainer if strategy.lightning_module is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        # What one call saves and loads again (a tuner does) is no resumption: stock DDP's generators and loaders go on.
+        rollback = session is not None and session.running and self._written.get(str(path)) == session.calls
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and not rollback:
             self._accept(checkpoint.get(ckpt.KEY))
             if self._entry is not None:
                 pl.resume_at_pending(checkpoint["loops"], self._entry["pending"])

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
+from torch.nn import Embedding, EmbeddingBag, Module
+from torch.optim import Optimizer
 
 from .determinism import check_conflicts
 
@@ -51,6 +52,63 @@ def check_module(module: Module) -> None:
                 f"the parameter `{name}` is a `DTensor` of {parameter.device_mesh}, and `strategy='easyscale'` is data"
                 " parallel: it needs whole parameters. HINT: pass the module before it is sharded."
             )
+
+
+def check_gradients(module: Module) -> None:
+    """Refuse a module whose gradients have no order of addition.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse and part.weight.requires_grad:
+            raise ValueError(
+                f"`{name or 'the module'}` has `sparse=True`: sums of sparse gradients have no order that does not"
+                " depend on the placement. HINT: build it with `sparse=False`; the optimizer is then a dense one."
+            )
+
+
+class DriftCheck:
+    """An optimizer's hook that refuses to train parameters whose gradients DDP does not reduce.
+
+    DDP reduces the gradients of the parameters that it finds, and that require gradients, when it wraps the module.
+    Others may be thawed or added later; each rank then steps them by its own gradient, and the replicas, which the ESTs
+    of an executor share, would drift apart.
+
+    Args:
+        module: as it was wrapped.
+    """
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._reduced = {id(p) for p in module.parameters() if p.requires_grad}
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        self._counts: dict[int, int] = {}
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Look at every step from now on."""
+        self._counts[id(optimizer)] = _count(optimizer)
+        optimizer.register_step_pre_hook(self)
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        """Called before a step."""
+        count = _count(optimizer)
+        if count == self._counts.get(id(optimizer)) and not any(p.requires_grad for p in self._frozen):
+            return
+        self._counts[id(optimizer)] = count
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.requires_grad and id(parameter) not in self._reduced:
+                raise RuntimeError(
+                    f"the parameter `{names.get(id(parameter), 'without a name')}` was frozen, or not there, when DDP"
+                    " took note of the parameters, and is trained now: DDP does not reduce its gradient, and the ranks'"
+                    " copies drift apart. HINT: let it require a gradient until set-up is over and freeze it in"
+                    " `on_train_start`, with `find_unused_parameters=True`."
+                )
+
+
+def _count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def refuse_in_pytorch_lightning(names: tuple[str, ...]) -> None:

@@ -11,12 +11,9 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _lightning as pl
-from .elastic.control import FOLDER_VARIABLE
-from .elastic.spare import wait_as_spare
 from .environment import apply_environment, environment_in_force
 from .topology import EXECUTOR_VARIABLE
 
@@ -34,10 +31,23 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
         super().__init__(environment, strategy.placement.num_executors, 1)
         self.strategy = strategy
 
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """Whether a notebook can use it, which Lightning asks there: as long as no script has to be run again.
+
+        Raises:
+            RuntimeError: if one has to.
+        """
+        executors = self.strategy.placement.num_executors
+        if executors > 1 and self.strategy.topology.starts_processes:
+            raise RuntimeError(
+                f"`{executors}` devices need as many processes, which run the script again, and a notebook has none."
+                " HINT: `EasyScaleStrategy(..., start_method='fork')`, or one device: it can host all ESTs."
+            )
+        return True
+
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
-        if self.strategy.topology.is_spare:
-            wait_as_spare(Path(os.environ[FOLDER_VARIABLE]))
         if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
             self._start_executors()
         return self.strategy.run(trainer, function, args, kwargs)

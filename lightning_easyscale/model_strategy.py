@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
 from . import _lightning as pl
+from .compatibility import DriftCheck, check_gradients
 from .optimization import LeadState, ShownGradients, follow_lead, reads_before_step, reads_gradients
 from .reduction.collector import ESTDataParallel
 from .runtime.writes import has_compiled
@@ -191,15 +192,20 @@ class ModelStrategy(DDPStrategy):
     # -- optimizers ----------------------------------------------------------------------------------------------
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create optimizers; only the lead's step."""
+        assert self.lightning_module is not None
+        check_gradients(self.lightning_module)
+        drift = DriftCheck(self.lightning_module)
         super().setup_optimizers(trainer)
         assert self.session is not None
+        if self.session.placement.num_ests > 1:
+            for optimizer in self.optimizers:
+                drift.watch(optimizer)
         if self.is_lead:
             self.session.lead_optimizers = self.optimizers
         if len(self.session.ests) > 1:
             meet = self._meet_before_step if reads_before_step(self.lightning_module) else None
             reduced = self._shown = None
             if not self._private_gradients:
-                assert self.lightning_module is not None
                 shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
                 reduced = shown.keep if self.is_lead else shown.show
                 self._shown = None if self.is_lead else shown

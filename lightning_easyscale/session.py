@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from .strategy import EasyScaleStrategy
 
 _BROADCAST_BYTES = 250 << 20  # DDP's own
+# A process can have one of each at work; it profiles the lead.
+_PROFILERS = (AdvancedProfiler, PyTorchProfiler)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -107,6 +110,7 @@ class Session:
         self.exchange: GradientExchange | None = None
         self._tree: TreeGradients | None = None
         self.running = False
+        self.calls = 0
         self.strategies: dict[int, EasyScaleStrategy] = {self.lead: strategy}
 
     @property
@@ -226,6 +230,7 @@ class Session:
         functions = {rank: self._guarded(rank, function) for rank, function in functions.items()}
         with _rank_variables_restored():
             self.running = True
+            self.calls += 1
             try:
                 return self.executor.run(functions)[self.lead]
             finally:
@@ -281,6 +286,8 @@ class Session:
             [trainer, function, args, kwargs]
         )
         clone.strategy.become(rank)
+        if isinstance(clone.profiler, _PROFILERS):
+            clone.profiler = PassThroughProfiler()
         self.strategies[rank] = clone.strategy
         pl.follow_agreed_stop(clone, self.executor)
 
@@ -311,8 +318,8 @@ class Session:
 
     def _is_shared(self, obj: object) -> bool:
         # Only rank 0 writes, and a wrapper may hold a thread that does.
-        shared = (Logger, Session, Executor, CheckpointIO, pl.SubprocessScriptLauncher, pl.MultiProcessingLauncher)
-        return isinstance(obj, shared)
+        writers = (Logger, CheckpointIO, *_PROFILERS)
+        return isinstance(obj, (*writers, Session, Executor, pl.SubprocessScriptLauncher, pl.MultiProcessingLauncher))
 
     def _context(self, rank: int, strategy: EasyScaleStrategy, device: torch.device) -> ESTContext:
         environment = strategy.virtual_environment.for_rank(rank)

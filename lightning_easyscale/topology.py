@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 
-from .elastic.control import FOLDER_VARIABLE
 from .placement import Placement
 from .planning import plan
 from .virtual_environment import VirtualEnvironment
@@ -31,10 +30,10 @@ class Topology:
 
     Args:
         placement: which ESTs each executor hosts.
-        executor: the executor that this process is; beyond the placement's: a spare, which hosts no EST.
+        executor: the executor that this process is.
         local_executors: the executors of this host.
         starts_processes: whether this process has to start the other executors of its host.
-        under_agent: whether torchrun or the supervisor decides about processes.
+        under_torchrun: whether torchrun decides about processes.
         physical: the environment that numbers processes.
     """
 
@@ -42,24 +41,18 @@ class Topology:
     executor: int
     local_executors: range
     starts_processes: bool
-    under_agent: bool
+    under_torchrun: bool
     physical: ClusterEnvironment
 
     @property
-    def is_spare(self) -> bool:
-        """Whether an agent started this process beyond the number of ESTs: it waits, in case it is needed later."""
-        return self.executor >= self.placement.num_executors
-
-    @property
     def lead(self) -> int:
-        """The lowest EST rank of this executor; of a spare, a rank that no EST has."""
-        return self.executor if self.is_spare else self.placement.ranges[self.executor][0]
+        """The lowest EST rank of this executor."""
+        return self.placement.ranges[self.executor][0]
 
     @property
     def first_rank_of_host(self) -> int:
         """The lowest EST rank on this host."""
-        first = self.local_executors[0]
-        return first if first >= self.placement.num_executors else self.placement.ranges[first][0]
+        return self.placement.ranges[self.local_executors[0]][0]
 
     @property
     def position_on_host(self) -> int:
@@ -74,11 +67,6 @@ class Topology:
             local_rank=self.lead - self.first_rank_of_host,
             num_ests=self.placement.num_ests,
         )
-
-
-def started_by_agent(physical: ClusterEnvironment) -> bool:
-    """Whether torchrun or the supervisor has started this process and decides how many there are."""
-    return isinstance(physical, TorchElasticEnvironment) and EXECUTOR_VARIABLE not in os.environ
 
 
 def find_topology(
@@ -106,7 +94,7 @@ def find_topology(
         ValueError: if N is unknown under torchrun, or the ESTs do not fit the executors.
     """
     ours = os.environ.get(EXECUTOR_VARIABLE)
-    agent = started_by_agent(physical)
+    torchrun = isinstance(physical, TorchElasticEnvironment)
     if physical.creates_processes_externally and ours is None:
         if isinstance(physical, LightningEnvironment):
             physical.set_world_size(num_nodes * num_devices)
@@ -127,26 +115,24 @@ def find_topology(
             )
         counts = plan(num_ests or executors, types, step_seconds, use_every_device=True).ests_per_device
     return Topology(
-        placement=_place(executors, num_ests, counts, agent=agent),
+        placement=_place(executors, num_ests, counts, torchrun=torchrun),
         executor=executor,
         local_executors=range(first, first + per_host),
         starts_processes=ours is None and not physical.creates_processes_externally,
-        under_agent=agent,
+        under_torchrun=torchrun and ours is None,
         physical=physical,
     )
 
 
-def _place(executors: int, num_ests: int | None, counts: Sequence[int] | None, *, agent: bool) -> Placement:
+def _place(executors: int, num_ests: int | None, counts: Sequence[int] | None, *, torchrun: bool) -> Placement:
     given = num_ests or int(os.environ.get(NUM_ESTS_VARIABLE, 0)) or (sum(counts) if counts is not None else None)
-    if given is None and agent:
+    if given is None and torchrun:
         raise ValueError(
             "`num_ests` must be given under torchrun, where the number of devices may change."
             f" HINT: `EasyScaleStrategy(num_ests=...)` or the environment variable {NUM_ESTS_VARIABLE}."
         )
     if counts is None:
-        # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
-        used = min(executors, given or executors) if agent and FOLDER_VARIABLE in os.environ else executors
-        return Placement.even(given or executors, used)
+        return Placement.even(given or executors, executors)
     if len(counts) != executors:
         raise ValueError(
             f"`ests_per_executor={list(counts)}` names {len(counts)} devices, but the Trainer runs on {executors}."

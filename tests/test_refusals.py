@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins import DeepSpeedPrecision, FSDPPrecision
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_easyscale import EasyScaleAccelerator, EasyScaleStrategy, compatibility
+from lightning_easyscale.runtime.clone import CloneError
 
 from .folders import contents
 from .launch.job import Classifier, loader, make_trainer
@@ -219,3 +222,60 @@ def test_an_operation_without_a_deterministic_kernel(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="put_.* does not have a deterministic implementation"):
         make_trainer(tmp_path).fit(Puts(), loader())
+
+
+def test_sparse_gradients(tmp_path: Path) -> None:
+    class Sparse(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(9, 6, sparse=True)
+
+    with pytest.raises(ValueError, match=r"`words` has `sparse=True`.* HINT: build it with `sparse=False`"):
+        make_trainer(tmp_path).fit(Sparse(), loader())
+
+
+class Head(Classifier):
+    """Trains what requires a gradient when the optimizer is made."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Late(BaseFinetuning):
+    """Trains something that DDP does not know."""
+
+    def __init__(self, new: bool) -> None:
+        super().__init__()
+        self.new = new
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        if not self.new:
+            self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1 and self.new:
+            pl_module.more = nn.Linear(6, 6)
+            optimizer.add_param_group({"params": list(pl_module.more.parameters())})
+        elif epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+@pytest.mark.parametrize(("new", "name"), [(False, "net.0.weight"), (True, "more.weight")])
+def test_parameters_that_ddp_does_not_reduce(tmp_path: Path, new: bool, name: str) -> None:
+    """Stock DDP trains them without a word, and its replicas drift apart."""
+    message = (
+        rf"`{name}` was frozen, or not there, .* drift apart. HINT: let it require .* freeze it in `on_train_start`"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        make_trainer(tmp_path, callbacks=[Late(new)]).fit(Head(), loader())
+    if not new:
+        # With one EST there is nothing to drift from.
+        make_trainer(tmp_path, strategy=EasyScaleStrategy(num_ests=1), callbacks=[Late(new)]).fit(Head(), loader())
+
+
+def test_a_module_that_cannot_be_cloned(tmp_path: Path) -> None:
+    module = Classifier()
+    module.mine = {"batches": (i for i in range(3))}
+    message = r"`model.mine\['batches'\]` \(a `builtins.generator`\) cannot be copied .* HINT: create it in `setup\(\)`"
+    with pytest.raises(CloneError, match=message):
+        make_trainer(tmp_path).fit(module, loader())

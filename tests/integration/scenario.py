@@ -62,7 +62,7 @@ class Feature:
         worlds: sizes N it is run with; None: one of 2, 3, 4.
         xfail: why it does not work yet.
         same_error: the type of the error that the script ends with, the same in both.
-        files: whether the files that it writes are compared.
+        files: whether the files that it writes are compared; ``"names"``: only which there are.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Feature:
     worlds: tuple[int, ...] | None = None
     xfail: str | None = None
     same_error: str | None = None
-    files: bool = True
+    files: bool | str = True
 
 
 FEATURES: list[Feature] = []

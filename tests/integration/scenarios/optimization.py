@@ -278,12 +278,3 @@ def skips(config: dict[str, Any], root: Path) -> Script:
 @feature("bucket_cap_mb", GROUP, ddp={"bucket_cap_mb": 1})
 def ddp_option(config: dict[str, Any], root: Path) -> Script:
     return Script(Model(), {"train_dataloaders": loader(noise=True)}, {"max_epochs": 2}, config["ddp"])
-
-
-@feature("bf16-mixed", GROUP, precision="bf16-mixed")
-@feature("bf16-true", GROUP, precision="bf16-true")
-@feature("64-true", GROUP, precision="64-true")
-@feature("32-true", GROUP, precision="32-true")
-def precision(config: dict[str, Any], root: Path) -> Script:
-    trainer = {"max_epochs": 1, "precision": config["precision"], "gradient_clip_val": 0.5}
-    return Script(Model(), train_val_data(), trainer)

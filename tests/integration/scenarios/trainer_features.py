@@ -23,9 +23,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..models import Model, loader, net, train_data, train_val_data
+from ..models import Model, loader, train_data, train_val_data
 from ..scenario import Script, feature, note
 
 GROUP = "Callbacks and trainer"
@@ -268,96 +267,3 @@ def rank_state(config: dict[str, Any], root: Path) -> Script:
 def pruning(config: dict[str, Any], root: Path) -> Script:
     callbacks = [ModelPruning("l1_unstructured", amount=0.3, parameter_names=["weight"])]
     return Script(Model(norm=False), train_data(), {"max_epochs": 3, "callbacks": callbacks})
-
-
-class Configured(Model):
-    def __init__(self, compiled: bool) -> None:
-        super().__init__()
-        self.compiled = compiled
-        self.net = None
-
-    def setup(self, stage: str) -> None:
-        self.scale = torch.rand(1)
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = net()
-            if self.compiled:
-                self.net = torch.compile(self.net, backend="aot_eager")
-
-
-@feature("layers made in configure_model", GROUP, compiled=False, worlds=(2, 3))
-def configured(config: dict[str, Any], root: Path) -> Script:
-    return Script(Configured(config["compiled"]), train_val_data(), {"max_epochs": 1})
-
-
-GROUP2 = "Compilation and memory"
-
-
-class Checkpointed(Model):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.net, x, use_reentrant=self.reentrant)
-
-
-@feature("activation checkpointing, preserving generators", GROUP2, reentrant=False, worlds=(2, 3))
-def activation_checkpointing(config: dict[str, Any], root: Path) -> Script:
-    return Script(Checkpointed(config["reentrant"]), train_data(), {"max_epochs": 1})
-
-
-class ChannelsLast(Model):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(8, 3)
-        ).to(memory_format=torch.channels_last)
-
-
-@feature("channels_last", GROUP2)
-def channels_last(config: dict[str, Any], root: Path) -> Script:
-    return Script(ChannelsLast(), train_data(), {"max_epochs": 1})
-
-
-@feature("torch.compile of a submodule", GROUP2, where="submodule", backend="eager")
-@feature("torch.compile in configure_model", GROUP2, where="configure_model", backend="aot_eager")
-@feature("torch.compile under manual optimization", GROUP2, where="manual", backend="aot_eager")
-def compiled(config: dict[str, Any], root: Path) -> Script:
-    from .manual_optimization import ManualAccumulation
-
-    data = train_data(n=48, drop_last=True)
-    if config["where"] == "configure_model":
-        return Script(Configured(True), data, {"max_epochs": 1})
-    module = ManualAccumulation() if config["where"] == "manual" else Model()
-    module.net = torch.compile(module.net, backend=config["backend"])
-    return Script(module, data, {"max_epochs": 1})
-
-
-GROUP3 = "Errors"
-
-
-class Fails(Model):
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.rank is not None and batch_idx == 2 and self.global_rank == self.rank % self.trainer.world_size:
-            raise ValueError(f"broken on rank {self.rank}")
-        return super().training_step(batch, batch_idx)
-
-
-class FailsInCallback(Callback):
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 2 and trainer.global_rank == 1:
-            raise KeyError("broken callback")
-
-
-@feature("exception in an EST that does not lead", GROUP3, rank=1, where="step", same_error="ValueError", worlds=(2, 3))
-@feature("exception in the last EST", GROUP3, rank=-1, where="step", same_error="ValueError", worlds=(3,))
-@feature("exception in a callback", GROUP3, rank=None, where="callback", same_error="KeyError", worlds=(2, 3))
-def fails(config: dict[str, Any], root: Path) -> Script:
-    callbacks = [FailsInCallback()] if config["where"] == "callback" else []
-    return Script(Fails(config["rank"]), train_data(), {"max_epochs": 1, "callbacks": callbacks})
