@@ -7,7 +7,11 @@ in one error when a version lacks it.
 from __future__ import annotations
 
 import builtins
+import os
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +19,8 @@ import torch
 try:
     from lightning.fabric.strategies.launchers.subprocess_script import (
         _basic_subprocess_cmd,
+        _ChildProcessObserver,
         _hydra_subprocess_cmd,
-        _launch_process_observer,
     )
     from lightning.fabric.utilities.seed import reset_seed
     from lightning.pytorch.overrides.distributed import _sync_module_states
@@ -36,6 +40,8 @@ except ImportError as error:
         " HINT: install `lightning>=2.5,<2.7`."
     ) from error
 
+from .elastic.notice import STOPPED
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -49,7 +55,7 @@ __all__ = [
     "follow_agreed_stop",
     "inside_accumulation",
     "inside_epoch",
-    "launch_process_observer",
+    "observe_processes",
     "logged_values",
     "on_interrupt",
     "pending_after_batch",
@@ -83,7 +89,6 @@ _SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 MultiProcessingLauncher = _MultiProcessingLauncher
 SubprocessScriptLauncher = _SubprocessScriptLauncher
-launch_process_observer = _launch_process_observer
 sync_module_states = _sync_module_states
 
 
@@ -149,7 +154,7 @@ def pending_after_batch(trainer: Trainer) -> str | None:
 
 def resume_at_pending(loops: dict[str, Any], pending: str | None) -> None:
     """Change a checkpoint's loop states so that Lightning goes on with what was pending instead of skipping it."""
-    if pending is None:
+    if pending not in ("validation", "epoch_end"):
         return
     fit = loops["fit_loop"]
     for progress in fit["epoch_loop.batch_progress"]["total"], fit["epoch_loop.batch_progress"]["current"]:
@@ -157,8 +162,10 @@ def resume_at_pending(loops: dict[str, Any], pending: str | None) -> None:
     if pending == "validation":
         # As if the first validation batch had begun: Lightning then runs the validation from its start.
         validation = fit["epoch_loop.val_loop.batch_progress"]
+        validation["current"].update(ready=0, started=0, processed=0, completed=0)
         for progress in validation["total"], validation["current"]:
-            progress.update(ready=1, started=1, processed=0, completed=0)
+            progress["ready"] += 1
+            progress["started"] += 1
     else:
         fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
@@ -191,7 +198,8 @@ def inside_accumulation(trainer: Trainer) -> bool:
 def logged_values(trainer: Trainer) -> list[dict[str, Any]]:
     """What `self.log` has accumulated in this training epoch, as plain values and tensors.
 
-    A value reduced over a process group of the user's is left out: groups do not outlive the process.
+    A metric object of the module's has its state there; that it was logged is noted here. A value reduced over a
+    process group of the user's is left out: groups do not outlive the process.
     """
     return [
         {
@@ -199,11 +207,15 @@ def logged_values(trainer: Trainer) -> list[dict[str, Any]]:
             "meta": {name: getattr(metric.meta, name) for name in _META},
             "reduce_fx": [metric.meta.reduce_fx.__name__, metric.meta.reduce_fx in (sum, min, max)],
             "sync": [metric.meta.sync.should, metric.meta.sync.rank_zero_only],
-            "values": {name: value.detach().cpu().clone() for name, value in metric.metric_state.items()},
+            "values": {name: value.detach().cpu().clone() for name, value in metric.metric_state.items()}
+            if metric.is_tensor
+            else None,
             "updates": metric.update_count,
         }
         for key, metric in trainer.fit_loop.epoch_loop._results.items()
-        if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset and metric.meta.sync.group is None
+        if metric.meta.on_epoch
+        and not metric.has_reset
+        and (metric.meta.sync.group is None if metric.is_tensor else metric.meta.metric_attribute is not None)
     ]
 
 
@@ -216,8 +228,11 @@ def resume_logged_values(trainer: Trainer, values: list[dict[str, Any]]) -> None
         meta = _Metadata(**saved["meta"], reduce_fx=reduce_fx)
         should, rank_zero = saved["sync"]
         meta.sync = _Sync(fn=trainer.strategy.reduce, _should=should, rank_zero_only=rank_zero)
-        metric = results[saved["key"]] = _ResultMetric(meta, is_tensor=True)
-        for state, value in saved["values"].items():
+        metric = results[saved["key"]] = _ResultMetric(meta, is_tensor=saved["values"] is not None)
+        if saved["values"] is None:
+            assert meta.metric_attribute is not None
+            metric.value = trainer.lightning_module.get_submodule(meta.metric_attribute)
+        for state, value in (saved["values"] or {}).items():
             setattr(metric, state, value.to(trainer.strategy.root_device))
         metric._update_count = saved["updates"]
 
@@ -263,6 +278,33 @@ def rerun_command(local_rank: int) -> tuple[list[str], str | None]:
     return list(_basic_subprocess_cmd()), None
 
 
+class _Observer(_ChildProcessObserver):
+    """Ends all executors of the host when one has failed; one that a stop signal has ended is no failure."""
+
+    def __init__(self, processes: list[subprocess.Popen[Any]], stopped: Callable[[], None]) -> None:
+        super().__init__(main_pid=os.getpid(), child_processes=processes)
+        self._stopped = stopped
+
+    def _run(self) -> bool:
+        codes = [process.poll() for process in self._child_processes]
+        by_signal = (STOPPED, -signal.SIGTERM)  # the second before it listens
+        if any(code not in (None, 0, *by_signal) for code in codes):
+            return super()._run()
+        if any(code in by_signal for code in codes):
+            self._stopped()
+        return None not in codes
+
+
+def observe_processes(processes: list[subprocess.Popen[Any]], stopped: Callable[[], None]) -> None:
+    """Watch the executors that this process has started, in a thread.
+
+    Args:
+        processes: the executors.
+        stopped: called when one of them was ended by a stop signal.
+    """
+    _Observer(processes, stopped).start()
+
+
 def on_interrupt(trainer: Trainer, error: BaseException) -> None:
     """What Lightning does with a trainer whose run ended by an exception."""
     _interrupt(trainer, error)
@@ -271,10 +313,7 @@ def on_interrupt(trainer: Trainer, error: BaseException) -> None:
 
 
 class _AgreedStop(_SignalConnector):
-    """Signal connector whose `received_sigterm` is one value for all ESTs, agreed at a rendezvous.
-
-    The handler only sets a flag on the executor: a collective inside a signal handler would deadlock.
-    """
+    """Signal connector whose `received_sigterm` is one value for all ESTs, agreed at a rendezvous."""
 
     _easyscale_executor: Executor
 
@@ -287,24 +326,13 @@ class _AgreedStop(_SignalConnector):
     def received_sigterm(self, value: bool) -> None:
         """Ignored: only a rendezvous decides."""
 
-    def _sigterm_notifier_fn(self, signum: Any, _: Any) -> None:
-        launcher = self.trainer.strategy.launcher
-        if not self._easyscale_executor.stop_requested and launcher is not None:
-            launcher.kill(signum)
-        self._easyscale_executor.stop_requested = True
+    def register_signal_handlers(self) -> None:
+        """Nothing: the executor listens from the start of `fit` (`elastic.notice`)."""
 
 
 def follow_agreed_stop(trainer: Trainer, executor: Executor) -> None:
-    """Let `trainer` stop when the ESTs have agreed to, without a collective of its own in every step."""
+    """Let `trainer.received_sigterm` say whether the ESTs have agreed to stop."""
     connector = trainer._signal_connector
     connector.__dict__.pop("received_sigterm", None)
     connector.__class__ = _AgreedStop
     connector._easyscale_executor = executor  # type: ignore[attr-defined]
-    loop = trainer.fit_loop.epoch_loop
-    if hasattr(loop, "_broadcast_sigterm_tensor"):
-        # Lightning checks `received_sigterm` itself after every batch.
-        loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
-
-
-def _nothing() -> None:
-    """Stands in for Lightning's broadcast of the stop flag in every step."""

@@ -86,12 +86,24 @@ class Checkpointing:
         assert module is not None
         return module.trainer
 
-    def complete(self, checkpoint: dict[str, Any], path: Any) -> None:
-        """Add the ``easyscale`` entry to what is to be saved at `path`; a collective while ESTs run."""
+    def note_written(self, path: Any) -> None:
+        """Remember that this trainer call saves to `path`."""
+        assert self._strategy.session is not None
+        self._written[str(path)] = self._strategy.session.calls
+
+    def complete(
+        self, checkpoint: dict[str, Any], *, following: str | None = None, boundary: dict[str, Any] | None = None
+    ) -> None:
+        """Add the ``easyscale`` entry, not yet sealed; a collective while ESTs run.
+
+        Args:
+            checkpoint: rank 0's Lightning checkpoint; others stay as they are.
+            following: what comes next, where the caller knows (`_lightning_loops.py`).
+            boundary: what else is known then, as plain data.
+        """
         strategy = self._strategy
         session = strategy.session
         assert session is not None
-        self._written[str(path)] = session.calls
         # Between trainer calls the process's generators are the lead's; the other ESTs left theirs when they ended.
         states = session.gather(
             strategy.global_rank,
@@ -109,10 +121,10 @@ class Checkpointing:
             "seed": current_seed(),
             "buckets": layout.to_state() if layout is not None else None,
             "history": list(self._history),
-            "pending": pl.pending_after_batch(self._trainer),
+            "pending": following or pl.pending_after_batch(self._trainer),
+            "boundary": boundary,
             "ests": states,
         }
-        ckpt.seal(checkpoint)
 
     def load(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Read a checkpoint once per executor and, before a `fit`, check that this job may resume it."""
@@ -141,11 +153,14 @@ class Checkpointing:
         return checkpoint
 
     def resume(self) -> None:
-        """Restore this EST from the checkpoint that was loaded, if any."""
-        if self._entry is not None:
-            self._strategy.est_state().load_state_dict(self._entry["ests"][self._strategy.global_rank])
-            pl.continue_epoch(self._trainer, self._entry["pending"])
-            self._entry = None
+        """Restore this EST from the checkpoint that was loaded, if any, and begin to look for boundaries."""
+        entry, self._entry = self._entry, None
+        if entry is None:
+            self._strategy.boundaries.begin(None, None)
+            return
+        self._strategy.est_state().load_state_dict(entry["ests"][self._strategy.global_rank])
+        pl.continue_epoch(self._trainer, entry["pending"])
+        self._strategy.boundaries.begin(entry["boundary"], entry["pending"])
 
     def _accept(self, entry: dict[str, Any] | None) -> None:
         if entry is None:

@@ -9,12 +9,18 @@ device type needs (`devices.py`).
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from . import _lightning as pl
+from .elastic.notice import StopNotice
 from .environment import apply_environment, environment_in_force
+from .stopping import stop_signals
 from .topology import EXECUTOR_VARIABLE
 
 if TYPE_CHECKING:
@@ -48,11 +54,23 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
-        if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
-            self._start_executors()
-        return self.strategy.run(trainer, function, args, kwargs)
+        with self._listen(trainer) as notice:
+            if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
+                self._start_executors(notice)
+            return self.strategy.run(trainer, function, args, kwargs, notice)
 
-    def _start_executors(self) -> None:
+    def _listen(self, trainer: Trainer | None) -> AbstractContextManager[StopNotice | None]:
+        """Listen to stop signals while a `fit` runs."""
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return nullcontext()
+        environment = self.strategy.virtual_environment.physical
+        return StopNotice(stop_signals(environment), end_children=self._end_executors)
+
+    def _end_executors(self) -> None:
+        for process in self.procs:
+            process.kill()
+
+    def _start_executors(self, notice: StopNotice | None) -> None:
         environment = self.strategy.virtual_environment
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
@@ -67,8 +85,14 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
             }
             command, cwd = pl.rerun_command(executor)
             self.procs.append(subprocess.Popen(command, env=apply_environment(variables), cwd=cwd))
+
+        def stopped() -> None:
+            # A signal to one of them in start-up: it had nobody to tell.
+            if notice is not None and notice.requested is None and not self.strategy.stop_agreed:
+                os.kill(os.getpid(), signal.SIGTERM)
+
         if self.procs:
-            pl.launch_process_observer(self.procs)
+            pl.observe_processes(self.procs, stopped)
 
 
 class EasyScaleSpawnLauncher(pl.MultiProcessingLauncher):

@@ -40,7 +40,7 @@ class ModelStrategy(DDPStrategy):
         ddp_options: keyword arguments of `torch.nn.parallel.DistributedDataParallel`.
     """
 
-    _checkpointing: Checkpointing
+    checkpointing: Checkpointing
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class ModelStrategy(DDPStrategy):
             self.global_rank,
             wrapped,
             group,
-            saved_layout=self._checkpointing.saved_layout,
+            saved_layout=self.checkpointing.saved_layout,
             bucket_cap_mb=options["bucket_cap_mb"],
             rebuilds=options["static_graph"] or not options["find_unused_parameters"],
             private_gradients=private,
@@ -245,7 +245,8 @@ class ModelStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Keep parameters shared when the lead's move to the CPU, once every EST has done its last step."""
         session = self.session
-        if session is not None and session.running and not session.executor.failed and len(session.ests) > 1:
+        ending = session is None or not session.running or session.executor.failed or session.leaving
+        if session is not None and not ending and len(session.ests) > 1:
             session.meet_locally(self.global_rank, "teardown")
         with self._watching_writes(False):
             if not self.is_lead and self.lightning_module is not None:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _lightning as pl
+from ._lightning_loops import report_boundaries
 from .placement import Placement
 from .reduction.collector import ESTDataParallel
 from .reduction.exchange import NativeReduction, Reduction, RingReduction, TreeReduction
@@ -43,6 +44,7 @@ from .runtime.peers import Peers
 from .runtime.process_group import VirtualProcessGroup
 from .runtime.world import WorldState, install, set_world
 from .runtime.writes import ParameterWrites, SharedStorages
+from .stopping import TrainingStopped
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -111,6 +113,7 @@ class Session:
         self._tree: TreeGradients | None = None
         self.running = False
         self.calls = 0
+        self.leaving: set[int] = set()
         self.strategies: dict[int, EasyScaleStrategy] = {self.lead: strategy}
 
     @property
@@ -221,8 +224,10 @@ class Session:
 
     def run(self, trainer: Trainer, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a trainer function on every EST of this executor; return the lead's result."""
-        functions: dict[int, Callable[[], Any]] = {self.lead: partial(function, *args, **kwargs)}
+        functions: dict[int, Callable[[], Any]] = {self.lead: _until_stopped(partial(function, *args, **kwargs))}
         pl.follow_agreed_stop(trainer, self.executor)
+        report_boundaries(trainer)
+        self.leaving.clear()
         for rank in self.ests[1:]:
             functions[rank] = self._for_rank(rank, trainer, function, args, kwargs)
         if trainer.lightning_module is not None:
@@ -232,7 +237,7 @@ class Session:
             self.running = True
             self.calls += 1
             try:
-                return self.executor.run(functions)[self.lead]
+                result = self.executor.run(functions)[self.lead]
             finally:
                 self.running = False
                 self._close_communication()
@@ -241,6 +246,14 @@ class Session:
                 # Between calls one EST cannot meet the others: a plain Trainer or a metric would wait for them in vain.
                 set_world(None)
                 pl.set_rank(self.lead)
+        if isinstance(result, TrainingStopped):
+            # Only now, when every EST has ended: to Lightning it is an exception of the lead's.
+            raise result
+        return result
+
+    def request_stop(self) -> None:
+        """This executor was asked to stop; its ESTs tell the others at their next rendezvous."""
+        self.executor.stop_requested = True
 
     def watching_writes(self, rank: int, on: bool) -> AbstractContextManager[None]:
         """Guard the shared parameters against what this EST's code does inside the block, or do not."""
@@ -298,6 +311,12 @@ class Session:
                 with suppress(Exception, ESTAborted):
                     clone._teardown()
                 raise
+            except TrainingStopped as error:
+                # The others stop too. What hooks do about it is this EST's own affair, as it is the lead's.
+                self.leaving.add(rank)
+                set_world(None)
+                pl.on_interrupt(clone, error)
+                return None
             except BaseException as error:
                 # Before anything of its teardown can wait for the other ESTs.
                 self.executor.fail(rank, error)
@@ -363,6 +382,18 @@ class Turns:
     def closures(self, optimizer: int, step: int) -> int:
         """How many closures the lead has begun in this step."""
         return self._closures[optimizer, step]
+
+
+def _until_stopped(function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function`, with the agreed end of training as its result."""
+
+    def run() -> Any:
+        try:
+            return function()
+        except TrainingStopped as error:
+            return error
+
+    return run
 
 
 @contextmanager

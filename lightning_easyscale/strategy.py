@@ -16,16 +16,18 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 
 from . import _lightning as pl
 from . import determinism as det
 from .accelerator import device_types_of, devices_for_workers
-from .checkpoint import JobIdentity
+from .checkpoint import JobIdentity, seal
 from .checkpointing import Checkpointing, EasyScaleCheckpointIO
 from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightning
 from .devices import DeviceType, pinned_environment
+from .elastic.notice import StopNotice
 from .environment import ensure_environment
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
 from .model_strategy import ModelStrategy
@@ -34,6 +36,7 @@ from .runtime.peers import connect
 from .seed import agree_on_seed
 from .session import Session
 from .snapshot import ESTState
+from .stopping import Boundaries
 from .topology import Topology, find_topology
 from .virtual_environment import VirtualEnvironment
 
@@ -61,6 +64,9 @@ class EasyScaleStrategy(ModelStrategy):
         static_graph: see there.
         broadcast_buffers: see there.
         allow: fields of the fingerprint (``"torch"``, ``"cuda"``, ...) in which a checkpoint may differ on resume.
+        elastic_dir: folder of an elastic run; default: the environment variable ``EASYSCALE_ELASTIC_DIR``. A stop
+            signal saves into its ``checkpoints/``, and `fit` starts from the newest good checkpoint there, whatever
+            `ckpt_path` says.
 
     Raises:
         ValueError: for an argument that cannot be honoured, with the value and the cure.
@@ -90,6 +96,7 @@ class EasyScaleStrategy(ModelStrategy):
         static_graph: bool = False,
         broadcast_buffers: bool = True,
         allow: Sequence[str] = (),
+        elastic_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
@@ -116,7 +123,8 @@ class EasyScaleStrategy(ModelStrategy):
         self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
         self._backend_between_executors = process_group_backend
-        self._checkpointing = Checkpointing(self, allow=tuple(allow))
+        self.checkpointing = Checkpointing(self, allow=tuple(allow))
+        self.boundaries = Boundaries(self, elastic_dir)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"
@@ -264,8 +272,23 @@ class EasyScaleStrategy(ModelStrategy):
         else:
             self._launcher = EasyScaleSpawnLauncher(self, self._start_method)
 
-    def run(self, trainer: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a trainer function on every EST of this executor; the first call forms the world."""
+    def run(
+        self,
+        trainer: Any,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        notice: StopNotice | None = None,
+    ) -> Any:
+        """Run a trainer function on every EST of this executor; the first call forms the world.
+
+        Args:
+            trainer: the trainer.
+            function: what to run.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            notice: of stop signals, in a `fit`.
+        """
         self.determinism_record = det.apply(self.level, threads=self.threads_per_est, device_type=self.root_device.type)
         if self.session is None:
             backend = self._backend_between_executors or ("nccl" if self.root_device.type == "cuda" else "gloo")
@@ -285,7 +308,19 @@ class EasyScaleStrategy(ModelStrategy):
             )
             split = " + ".join(str(c) for c in self.placement.ests_per_executor)
             rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
-        return self.session.run(trainer, function, args, kwargs)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return self.session.run(trainer, function, args, kwargs)
+        if notice is not None:
+            notice.ask(self.session.request_stop)
+        args, kwargs = self.boundaries.prepare(trainer, function, args, kwargs)
+        result = self.session.run(trainer, function, args, kwargs)
+        self.boundaries.finish()
+        return result
+
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether all ESTs are about to stop."""
+        return self.session is not None and self.session.executor.stop_agreed
 
     def become(self, rank: int) -> None:
         """Make this clone the strategy of another EST of the same executor."""
@@ -305,6 +340,8 @@ class EasyScaleStrategy(ModelStrategy):
             self.session.peers.agree("barrier")
         else:
             super().barrier(*args, **kwargs)
+            if self.session is not None and not self.session.leaving:
+                self.boundaries.starting_up()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     @property
@@ -336,29 +373,33 @@ class EasyScaleStrategy(ModelStrategy):
         assert self.session is not None
         assert self.lightning_module is not None
         generators = self.session.contexts[self.global_rank].generators
-        return ESTState(self.lightning_module.trainer, generators, self._checkpointing.follower)
+        return ESTState(self.lightning_module.trainer, generators, self.checkpointing.follower)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Follow the position of training loaders."""
         module = self.lightning_module
         if module is not None and module.trainer.training:
-            self._checkpointing.follower.attach(dataloader)
+            self.checkpointing.follower.attach(dataloader)
         return dataloader
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a Lightning checkpoint with every EST's state in its ``easyscale`` entry."""
         # Without a session the ESTs lived in processes that have ended (`start_method="spawn"`).
-        if "optimizer_states" in checkpoint and self.session is not None:
-            self._checkpointing.complete(checkpoint, filepath)
+        stopped = self.session is not None and self.global_rank in self.session.leaving
+        if "optimizer_states" in checkpoint and self.session is not None and not stopped:
+            self.checkpointing.note_written(filepath)
+            self.checkpointing.complete(checkpoint)
+            if self.is_global_zero:
+                seal(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; a `fit` that resumes it must be the same job."""
-        return self._checkpointing.load(checkpoint_path, weights_only)
+        return self.checkpointing.load(checkpoint_path, weights_only)
 
     def on_train_start(self) -> None:
         """Restore what is the EST's own."""
-        self._checkpointing.resume()
+        self.checkpointing.resume()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

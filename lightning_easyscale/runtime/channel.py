@@ -63,12 +63,17 @@ class Channel:
         self._heed(self.peers.agree(tag, stop=self.executor.stop_requested))
 
     def share(self, tag: str, tensors: list[Tensor], source: int) -> None:
-        """Meet the other executors and overwrite `tensors` by those of executor `source`."""
-        self._heed(self.peers.share(tag, tensors, source, stop=self.executor.stop_requested))
+        """Meet the other executors and overwrite `tensors` by those of executor `source`.
+
+        Carries no stop request: the ESTs that ask first are ahead of the others, who would stop a step earlier.
+        """
+        self.peers.share(tag, tensors, source)
 
     def _heed(self, stop: bool) -> None:
-        if self.covers_world and stop:
-            self.executor.stop_agreed = True
+        """All members have arrived: those that follow see the same, wherever they run."""
+        if self.covers_world:
+            self.executor.world_meetings += 1
+            self.executor.stop_agreed |= stop
 
     def duplicate(self, name: str) -> Channel:
         """Another channel over the same ESTs, with a sequence of its own."""

@@ -79,6 +79,10 @@ class Executor:
         switches: how often the baton went from one EST to another.
         meetings: how many rendezvous were completed here.
         mail: messages between ESTs.
+        world_meetings: how many of them were of all ESTs of the job.
+        stop_requested: whether this executor was asked to stop.
+        stop_agreed: whether all ESTs know that one was; changes only while all of them meet, so that every EST sees the
+            same value between the same two meetings.
     """
 
     def __init__(self, contexts: Mapping[int, Context], peers: Peers, *, timeout: float) -> None:
@@ -90,6 +94,7 @@ class Executor:
         self.stop_agreed = False
         self.switches = 0
         self.meetings = 0
+        self.world_meetings = 0
         self.holder: int | None = None
         self._ests = {rank: _EST(rank, context) for rank, context in contexts.items()}
         self._meetings: dict[Any, Meeting] = {}

@@ -178,17 +178,17 @@ class Peers:
         self._wait(self.control.allgather([outputs], [padded]), "objects")
         return [out[:n].numpy().tobytes() for out, n in zip(outputs, lengths, strict=True)]
 
-    def share(self, tag: str, tensors: Sequence[torch.Tensor], source: int, *, stop: bool = False) -> bool:
+    def share(self, tag: str, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Start a rendezvous in which executor `source` overwrites the others' `tensors`; see `exchange`."""
         if self.control is None:
-            return stop
+            return
         on_host = all(t.device.type == "cpu" for t in tensors)
         if not on_host or sum(t.numel() * t.element_size() for t in tensors) > _ROOM:
-            stop = self.agree(tag, stop=stop)
+            self.agree(tag)
             self.broadcast(tensors, source)
-            return stop
+            return
         said = b"".join(_bytes_of(t) for t in tensors) if self.index == source else b""
-        stop, payloads = self.exchange(tag, stop=stop, payload=said)
+        _, payloads = self.exchange(tag, payload=said)
         offset = 0
         for tensor in tensors if self.index != source else ():
             size = tensor.numel() * tensor.element_size()
@@ -197,7 +197,6 @@ class Peers:
             raw = torch.frombuffer(bytearray(payloads[source][offset : offset + size]), dtype=tensor.dtype)
             tensor.copy_(raw.view(tensor.shape))
             offset += size
-        return stop
 
     def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Overwrite `tensors` in place by those of executor `source`."""

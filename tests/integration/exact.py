@@ -60,5 +60,8 @@ def differences(expected: Any, got: Any, path: str = "") -> Iterator[str]:
             yield from differences(one, other, f"{path}[{index}]")
         if len(expected) != len(got):
             yield f"{path}: {len(expected)} items in the reference, {len(got)} in the run"
+    elif isinstance(expected, str) and isinstance(got, str) and "\n" in expected + got:
+        if expected != got:
+            yield from differences(expected.splitlines(), got.splitlines(), path)
     elif expected != got or type(expected) is not type(got):
         yield f"{path}: {expected!r} != {got!r}"

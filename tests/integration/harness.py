@@ -15,12 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..elastic.faults import Fault
 from .exact import differences, exact
 from .worker import Task
 
@@ -36,12 +37,14 @@ class Outcome:
         files: relative path -> content, of the files in the run's folder.
         errors: what each process raised, if anything.
         logs: what each process printed.
+        left: the files in the elastic folder, if there was one: name -> the boundary that it was saved at.
     """
 
     notes: dict[int, list[tuple[str, Any]]]
     files: dict[str, Any]
     errors: list[dict[str, Any] | None]
     logs: list[str]
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def error(self) -> dict[str, Any] | None:
@@ -113,11 +116,35 @@ class Runs:
                 resume = save
         return joined
 
-    def _run(self, task: Task, processes: int) -> Outcome:
+    def lives(
+        self,
+        build: str,
+        config: dict[str, Any],
+        placements: list[tuple[int, ...]],
+        faults: Iterable[Fault],
+        reduction: str = "auto",
+        **options: Any,
+    ) -> list[Outcome]:
+        """An elastic run that is started again and again, in one folder: one outcome per placement."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            root, elastic = Path(folder) / "root", Path(folder) / "elastic"
+            parts = []
+            for life, placement in enumerate(placements):
+                task = Task(
+                    build, config, "", sum(placement), 0, 0, placement=placement, reduction=reduction,
+                    strategy={"elastic_dir": str(elastic), **options},
+                    faults=tuple(fault for fault in faults if fault.life == life),
+                )  # fmt: skip
+                parts.append(self._run(task, processes=len(placement), root=root))
+                parts[-1].left = {path.name: _following(path) for path in elastic.rglob("*") if path.is_file()}
+        return parts
+
+    def _run(self, task: Task, processes: int, root: Path | None = None) -> Outcome:
         self._count += 1
         home = self._folder / str(self._count)
-        root = home / "root"
-        root.mkdir(parents=True)
+        root = root or home / "root"
+        root.mkdir(parents=True, exist_ok=True)
+        home.mkdir(exist_ok=True)
         port = _free_port()
         files, pids = [], []
         for index in range(processes):
@@ -217,7 +244,8 @@ def _answers(files: list[Path], pids: list[int], timeout: float = 60.0) -> list[
 
 
 def _lost(what: str) -> dict[str, Any]:
-    return {"notes": {}, "error": {"type": "Lost", "message": what, "notes": [], "traceback": what}, "seconds": 0.0}
+    error = {"type": "Lost", "message": what, "notes": [], "traceback": what, "code": None}
+    return {"notes": {}, "error": error, "seconds": 0.0}
 
 
 def _alive(pid: int) -> bool:
@@ -263,6 +291,10 @@ def _written(root: Path) -> dict[str, Any]:
         else:
             written[name] = "exists"
     return written
+
+
+def _following(path: Path) -> str:
+    return torch.load(path, map_location="cpu", weights_only=True)["easyscale"]["pending"]
 
 
 def _without(root: str, value: Any) -> Any:

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_easyscale import DeterminismCallback, EasyScaleStrategy, ordered_allreduce_hook
 
+from ..elastic.faults import Fault, inject
 from .exact import exact
 from .scenario import Script, note, notes
 
@@ -43,6 +44,9 @@ class Task:
         stop_at: (batch, save) pairs: micro-batch after which a checkpoint is saved, and where.
         resume: the checkpoint to start from.
         watch: whether the state is noted after every step.
+        environment: more variables.
+        strategy: more arguments of the strategy.
+        faults: what happens to the run.
     """
 
     build: str
@@ -58,6 +62,7 @@ class Task:
     resume: str | None = None
     watch: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
     strategy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -186,6 +191,7 @@ def run(task: Task) -> None:
         plain = arguments.get("barebones") or arguments.get("enable_checkpointing") is False
         watch = Watch(task) if plain else WatchLast(task)
         first: list[Callback] = [DeterminismCallback("D1", threads=1)] if task.placement is None else []
+        first += inject(task.faults)
         return Trainer(**{**defaults, **arguments}, callbacks=[*first, *callbacks, watch])
 
     trainer = make_trainer(**script.trainer)
@@ -228,6 +234,7 @@ def main(file: str) -> int:
             "message": str(raised),
             "notes": getattr(raised, "__notes__", []),
             "traceback": traceback.format_exc(),
+            "code": getattr(raised, "code", None),
         }
     answer = {"notes": notes(), "error": error, "seconds": time.monotonic() - began}
     Path(file + ".tmp").write_bytes(pickle.dumps(answer))

@@ -1,0 +1,258 @@
+"""How an EST stops on a signal, and how an elastic run goes on.
+
+Every EST reaches the same boundaries (`_lightning_loops.py`) and sees the same agreed value there, so all of them stop
+at the same one. They save one checkpoint, wait until it is committed, and each raises `TrainingStopped`, which ends the
+process with `STOPPED` after the usual ``on_exception`` hooks and teardown.
+
+A validation may be longer than the time that is left. In an elastic run its ESTs keep what a checkpoint of the moment
+before it would hold, meet from time to time, and stop between two of its batches: the next process does the whole
+validation again, from the same state. A validation that took less than `SHORT_VALIDATION` seconds the last time is
+waited for instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from . import _lightning_loggers as logs
+from . import _lightning_loops as loops
+from .elastic.folder import CheckpointFolder
+from .elastic.host_copy import host_copy
+from .elastic.notice import STOPPED
+from .elastic.pace import Pace
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from .session import Session
+    from .strategy import EasyScaleStrategy
+
+DIRECTORY_VARIABLE = "EASYSCALE_ELASTIC_DIR"
+"""Environment variable with the default of `EasyScaleStrategy(elastic_dir=...)`."""
+
+SHORT_VALIDATION = 5.0
+"""Seconds of a validation that a stop waits for."""
+
+
+class TrainingStopped(SIGTERMException):
+    """A stop signal has ended training in good order; the process ends with exit code `STOPPED` (75)."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+def stop_signals(environment: ClusterEnvironment) -> list[int]:
+    """Signals that stop a `fit`: SIGTERM, SIGUSR1, and what Slurm sends before it requeues a job.
+
+    Args:
+        environment: what has started the processes.
+    """
+    found = [signal.SIGTERM, signal.SIGUSR1]
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        requeue = environment.requeue_signal
+        found += [requeue] if requeue is not None and requeue not in found else []
+    return [int(number) for number in found]
+
+
+class Boundaries:
+    """What one EST does where all of its state is known.
+
+    Args:
+        strategy: the EST's strategy.
+        elastic_dir: folder of an elastic run; None: a stop saves under the Trainer's ``default_root_dir``, and nothing
+            is resumed by itself.
+
+    Attributes:
+        resumed_before: the boundary of the checkpoint that training has started from, while it has not got further.
+    """
+
+    _finished: ClassVar[dict[str, int]] = {}  # folder -> fits that this process has finished in it
+
+    def __init__(self, strategy: EasyScaleStrategy, elastic_dir: str | os.PathLike[str] | None) -> None:
+        given = elastic_dir if elastic_dir is not None else os.environ.get(DIRECTORY_VARIABLE)
+        self.elastic_dir = Path(given).absolute() if given else None
+        self.resumed_before: str | None = None
+        self._strategy = strategy
+        self._begun = False
+        self._start: tuple[int, int] = (0, 0)
+        self._sanity_steps: int | float | None = None
+        self._training, self._validation = Pace(4), Pace(1)
+        self._before_validation: dict[str, Any] | None = None  # the checkpoint; empty on ranks that do not write
+        self._validation_began = 0.0
+        self._validation_seconds: float | None = None
+
+    @property
+    def _trainer(self) -> Trainer:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module.trainer
+
+    @property
+    def _session(self) -> Session:
+        session = self._strategy.session
+        assert session is not None
+        return session
+
+    # -- the run -------------------------------------------------------------------------------------------------
+    def prepare(
+        self, trainer: Trainer, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Called on the lead before a `fit`: let it start from the newest good checkpoint of the elastic folder.
+
+        Returns:
+            The arguments of the trainer's function.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        self._begun, self.resumed_before, self._start, self._sanity_steps = False, None, (0, 0), None
+        if self.elastic_dir is None:
+            return args, kwargs
+        peers, found = self._session.peers, None
+        if peers.index == 0:
+            folder = self._folder()
+            folder.prepare()
+            good = folder.newest_good(rank_zero_warn)
+            found = None if good is None else (str(good[0]), good[1]["boundary"]["loggers"])
+        found = peers.all_gather_object(found)[0]
+        if found is None:
+            return args, kwargs
+        path, versions = found
+        # Its place in the run is past, and Lightning repeats it where an epoch has just ended.
+        self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+        logs.continue_logs(trainer, versions, writes=peers.index == 0)
+        args, kwargs, given = loops.with_checkpoint(function, args, kwargs, path)
+        instead = f" (and not from `ckpt_path={str(given)!r}`)" if given else ""
+        rank_zero_info(f"EasyScale: going on from `{path}`{instead}")
+        return args, kwargs
+
+    def finish(self) -> None:
+        """Called on the lead when a `fit` has ended by itself: nobody has to go on from its checkpoints."""
+        if self._sanity_steps is not None:
+            self._trainer.num_sanity_val_steps = self._sanity_steps
+        if self.elastic_dir is None:
+            return
+        if self._session.peers.index == 0:
+            self._folder().clear()
+        key = str(self.elastic_dir)
+        self._finished[key] = self._finished.get(key, 0) + 1
+
+    def begin(self, boundary: Mapping[str, Any] | None, before: str | None) -> None:
+        """Called when training starts.
+
+        Args:
+            boundary: what the checkpoint that it starts from knows of its boundary, if it was taken at one.
+            before: which one.
+        """
+        trainer = self._trainer
+        if boundary is not None and before is not None:
+            loops.load_unsaved_state(trainer, boundary["unsaved"])
+            loops.continue_with(trainer, before)
+            self.resumed_before = before
+        self._start = loops.position(trainer)
+        self._begun = True
+
+    def starting_up(self) -> None:
+        """Called where all ESTs have met: before the first step there is nothing to save."""
+        if not self._begun and self._trainer.state.fn == TrainerFn.FITTING and self._session.executor.stop_agreed:
+            rank_zero_info("EasyScale: stopped by a signal before the first step; there is nothing new to save.")
+            raise TrainingStopped
+
+    # -- in training ---------------------------------------------------------------------------------------------
+    def reached(self, following: str) -> None:
+        """All of the EST's state is known.
+
+        Args:
+            following: ``"validation"``, ``"next_batch"`` or ``"next_epoch"``.
+        """
+        if not self._begun:
+            return
+        if self._before_validation is not None:
+            self._before_validation = None
+            self._validation_seconds = time.monotonic() - self._validation_began
+        if following == "next_batch":
+            self._meet_if_due(self._training)
+        long = following == "validation" and self._may_be_long()
+        if self._session.executor.stop_agreed:
+            self._stop(lambda: self._checkpoint(following))
+        if long:
+            checkpoint = self._checkpoint("validation")
+            self._before_validation = host_copy(checkpoint) if self._strategy.is_global_zero else {}
+            self._validation_began = time.monotonic()
+            self._validation.start(self._session.executor.world_meetings)
+        self.resumed_before = None
+
+    def in_validation(self) -> None:
+        """A batch of a validation is complete, and there are more."""
+        if not self._begun:
+            self.starting_up()
+        elif self._before_validation is not None:
+            self._meet_if_due(self._validation)
+            if self._session.executor.stop_agreed:
+                kept = self._before_validation
+                self._stop(lambda: kept)
+
+    def _meet_if_due(self, pace: Pace) -> None:
+        session = self._session
+        if pace.due(session.executor.world_meetings):
+            seconds = session.groups[self._strategy.global_rank].collect(pace.seconds, "stop?")
+            pace.adapt(seconds, session.placement.ranges)
+            pace.start(session.executor.world_meetings)
+
+    def _may_be_long(self) -> bool:
+        """Whether the ESTs will have to meet inside the validation that follows; a rendezvous."""
+        if self.elastic_dir is None:
+            return False
+        session, rank = self._session, self._strategy.global_rank
+        mine = loops.validation_batches(self._trainer), self._validation_seconds
+        everyone = session.groups[rank].collect(mine, "validation")
+        batches = [b for b, _ in everyone]
+        if any(b != batches[0] or b is None or float("inf") in b for b in batches):
+            return False  # they could not: an EST may have ended its validation when another one asks
+        seconds = [s for _, s in everyone]
+        if None in seconds:
+            return True
+        return max(sum(seconds[r] for r in ests) for ests in session.placement.ranges) >= SHORT_VALIDATION
+
+    # -- saving --------------------------------------------------------------------------------------------------
+    def _checkpoint(self, following: str) -> dict[str, Any]:
+        """A checkpoint of this boundary, whole on rank 0; a collective."""
+        checkpoint = loops.dump_checkpoint(self._trainer)
+        boundary = {"unsaved": loops.unsaved_state(self._trainer), "loggers": logs.log_versions(self._trainer)}
+        self._strategy.checkpointing.complete(checkpoint, following=following, boundary=boundary)
+        return checkpoint
+
+    def _stop(self, checkpoint: Callable[[], dict[str, Any]]) -> None:
+        """Save, if there is anything new, and end training; all ESTs call it at the same boundary."""
+        began = time.monotonic()
+        step, batch = loops.position(self._trainer)
+        what = "there is nothing new to save"
+        if self._start != (step, batch):
+            content = checkpoint()
+            if self._strategy.is_global_zero:
+                path = self._folder().commit(content, step=step, batch=batch)
+                what = f"saved `{path}` in {time.monotonic() - began:.2f} s; {self._how_to_go_on(path)}"
+        self._strategy.barrier("stop")
+        rank_zero_info(f"EasyScale: stopped by a signal after step {step}; {what}.")
+        raise TrainingStopped
+
+    def _how_to_go_on(self, path: Path) -> str:
+        if self.elastic_dir is not None:
+            return "the same command goes on from there"
+        return f"go on with `trainer.fit(..., ckpt_path={str(path)!r})`, or set `elastic_dir` to have that done"
+
+    def _folder(self) -> CheckpointFolder:
+        if self.elastic_dir is None:
+            return CheckpointFolder(Path(self._trainer.default_root_dir) / "easyscale", keep=2)
+        number = self._finished.get(str(self.elastic_dir), 0) + 1
+        return CheckpointFolder(self.elastic_dir / "checkpoints", prefix=f"fit{number}-" if number > 1 else "")

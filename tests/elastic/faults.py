@@ -1,0 +1,62 @@
+"""Fault injection: at (rank, step, phase) something happens to the process that hosts the rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class InjectedError(Exception):
+    """An exception of the user's code."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens once.
+
+    Args:
+        rank: the EST in whose turn it happens.
+        step: optimizer steps done then.
+        phase: name of the callback hook in which it happens.
+        action: name of a signal; ``"group"``: SIGTERM to the whole process group; ``"exception"``.
+        nth: which of the hook's calls at that step, from 1.
+        life: which start of the job, from 0.
+    """
+
+    rank: int
+    step: int
+    phase: str
+    action: str = "SIGTERM"
+    nth: int = 1
+    life: int = 0
+
+    def happen(self) -> None:
+        """Do it."""
+        if self.action == "exception":
+            raise InjectedError(f"injected on rank {self.rank} in {self.phase}")
+        if self.action == "group":
+            os.killpg(os.getpgid(0), signal.SIGTERM)
+        else:
+            os.kill(os.getpid(), signal.Signals[self.action])
+
+
+class _Injector(Callback):
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.calls = 0
+
+    def hook(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if trainer.global_rank == self.fault.rank and trainer.global_step == self.fault.step:
+            self.calls += 1
+            if self.calls == self.fault.nth:
+                self.fault.happen()
+
+
+def inject(faults: Iterable[Fault]) -> list[Callback]:
+    """Callbacks that let the faults happen; each has the one hook that it needs."""
+    return [type("Injector", (_Injector,), {fault.phase: _Injector.hook})(fault) for fault in faults]

@@ -1,0 +1,72 @@
+"""A stop signal at any moment: one checkpoint, one exit code, and the bits of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ..integration.harness import Runs
+from .faults import Fault
+from .lives import check_finished, check_stopped
+
+JOB = "tests.elastic.jobs:job"
+TWICE = {"val_check_interval": 2}
+PLATEAU = {**TWICE, "plateau": "step"}
+ACCUMULATE = {"accumulate_grad_batches": 3, "plateau": "epoch"}
+MICRO = {"accumulate_grad_batches": 8, "batch": 2}
+STEPS = {"max_epochs": None, "max_steps": 10}
+LONG = {"val_batch": 1}
+full = pytest.mark.matrix
+
+
+def case(
+    name: str, fault: Fault, first: Any, second: Any, config: Any, position: Any, boundary: str, *marks: Any
+) -> Any:
+    """A signal, the placements before and after, the job, and the batch (and step) and boundary at which all stop."""
+    return pytest.param(fault, first, second, config, position, boundary, id=name, marks=marks)
+
+
+def at(rank: int, step: int, phase: str, nth: int = 1, action: str = "SIGTERM") -> Fault:
+    return Fault(rank, step, phase, action, nth)
+
+
+TRAINING, SAVING = "on_train_batch_start", "on_save_checkpoint"
+STOPS = [
+    case("training", at(2, 2, TRAINING), (2, 1), (3,), {}, 3, "next_batch"),
+    case("training, before a validation", at(2, 3, TRAINING), (2, 1), (3,), {}, 4, "validation", full),
+    case("after a batch", at(0, 6, "on_train_batch_end"), (3,), (1, 2), TWICE, 6, "validation", full),
+    case("mid-epoch validation due", at(1, 5, "on_after_backward"), (3,), (2, 1), TWICE, 6, "validation"),
+    case("accumulating", at(0, 2, TRAINING, 2), (2, 1), (3,), ACCUMULATE, (3, 7), "next_batch", full),
+    case("in a long accumulation", at(1, 0, TRAINING, 2), (2, 1), (3,), MICRO, (0, 4), "next_batch"),
+    case("validating", at(1, 4, "on_validation_batch_start", 3), (2, 1), (3,), LONG, 4, "validation"),
+    case("in a short validation", at(0, 6, "on_validation_batch_end", 2), (3,), (2, 1), TWICE, 6, "next_batch", full),
+    case("validation ends", at(2, 4, "on_validation_end"), (2, 1), (3,), {}, 4, "next_epoch", full),
+    case("mid-epoch validation ends", at(0, 6, "on_validation_end"), (2, 1), (3,), PLATEAU, 6, "next_batch"),
+    case("writing a checkpoint", at(0, 4, SAVING, 2), (2, 1), (3,), {}, 4, "next_epoch", full),
+    case("epoch ends", at(1, 4, "on_train_epoch_end"), (2, 1), (3,), {}, 4, "next_epoch"),
+    case("epoch ends under max_steps", at(1, 4, "on_train_epoch_end"), (2, 1), (3,), STEPS, 4, "next_epoch", full),
+    case("epoch starts", at(2, 8, "on_train_epoch_start"), (2, 1), (3,), {}, 9, "next_batch", full),
+    case("SIGUSR1", at(2, 2, TRAINING, action="SIGUSR1"), (2, 1), (1, 1, 1), {}, 3, "next_batch", full),
+    case("tree order", at(2, 2, TRAINING), (3,), (2, 1), {"reduction": "tree"}, 3, "next_batch", full),
+]
+
+
+@pytest.mark.parametrize(("fault", "first", "second", "config", "position", "boundary"), STOPS)
+def test_a_stop_loses_no_bit(
+    runs: Runs,
+    fault: Fault,
+    first: tuple[int, ...],
+    second: tuple[int, ...],
+    config: dict[str, Any],
+    position: int | tuple[int, int],
+    boundary: str,
+) -> None:
+    options = dict(config)
+    reduction = options.pop("reduction", "ddp")
+    reference = runs.reference(JOB, options, sum(first), reduction)
+    lives = runs.lives(JOB, options, [first, second], [fault], reduction)
+    step, batch = position if isinstance(position, tuple) else (position, position)
+    saved = {f"step={step:08d}-batch={batch:08d}.ckpt": boundary}
+    check_stopped(lives[0], ranks=sum(first), saved=saved)
+    check_finished(reference, lives)
