@@ -1,0 +1,83 @@
+"""The primitives of the format on any device: each picks the CPU or the CUDA implementation, which have equal bits.
+
+Everything here takes and returns fp32 tensors; the operations built on them (`linear.py`, `reductions.py`) convert.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def _backend(x: Tensor) -> ModuleType:
+    if x.device.type == "cpu":
+        from . import cpu
+
+        return cpu
+    if x.device.type == "cuda":
+        from . import cuda
+
+        return cuda
+    raise NotImplementedError(
+        f"D2's `portable` policy has no kernels for the device `{x.device}`. HINT: use CPU or CUDA devices."
+    )
+
+
+def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """Products ``a[i] @ b[i]`` of the format.
+
+    Args:
+        a: ``[batch, m, k]``, any strides.
+        b: ``[batch, k, n]``, any strides.
+        into: contiguous ``[batch, m, n]`` that holds the sum of the blocks of k before these ones; continued in place.
+            Only if those were whole blocks has the result the bits of one product.
+
+    Returns:
+        ``[batch, m, n]``, contiguous.
+    """
+    if 0 in (a.shape[0], a.shape[1], b.shape[2]) or a.shape[2] == 0:
+        return a.new_zeros(a.shape[0], a.shape[1], b.shape[2]) if into is None else into
+    return _backend(a).matmul(a, b, into)
+
+
+def sum_middle(x: Tensor) -> Tensor:
+    """Sums of ``[outer, rows, inner]`` over its middle, ``[outer, inner]``."""
+    if x.numel() == 0:
+        return x.new_zeros(x.shape[0], x.shape[2])
+    return _backend(x).sum_middle(x.contiguous())
+
+
+def unary(name: str, x: Tensor) -> Tensor:
+    """An elementary function: ``exp``, ``expm1``, ``log``, ``log1p``, ``tanh`` or ``erf``; keeps the memory format."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    made = torch.empty_like(x)  # dense, with the strides that torch gives the result
+    dense = x if made.stride() == x.stride() else made.copy_(x)
+    return _backend(x).unary(name, dense)
+
+
+def random(kind: str, key: int, like: Tensor) -> Tensor:
+    """Random numbers, fp32: ``uniform`` in [0, 1) or standard ``normal``.
+
+    Args:
+        kind: the distribution.
+        key: 64 bits that no other call has.
+        like: gives shape and device.
+    """
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    return _backend(like).random(kind, key, out) if out.numel() else out
+
+
+def index_add(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
+    """Add ``source[r]`` to ``out[index[r]]`` in place, r ascending.
+
+    Args:
+        out: ``[n, width]``, contiguous.
+        index: ``[rows]``, int64, each in 0..n-1.
+        source: ``[rows, width]``.
+    """
+    if source.numel() == 0:
+        return out
+    return _backend(out).index_add(out, index.contiguous(), source.contiguous())

@@ -1,0 +1,160 @@
+"""Sums and what is made of them: mean, variance, norms, softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import primitives
+
+Dims = int | Sequence[int] | None
+
+
+def _dims(x: Tensor, dim: Dims) -> list[int]:
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
+        return list(range(x.dim()))
+    return sorted(d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim))
+
+
+def tree_sum(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over dimensions, whose elements are taken in row-major order of the dimensions ascending.
+
+    Args:
+        x: the operand; integers are added exactly, reduced types in fp32.
+        dim: dimensions; default all.
+        keepdim: keep them with size 1.
+        dtype: type of the result.
+    """
+    if not (x.is_floating_point() or (dtype is not None and dtype.is_floating_point)):
+        return torch.sum(x, _dims(x, dim), keepdim=keepdim, dtype=dtype)
+    if x.dim() == 0:
+        return x.to(dtype or x.dtype, copy=True)
+    dims = _dims(x, dim)
+    kept = [d for d in range(x.dim()) if d not in dims]
+    shape = [x.shape[d] for d in kept]
+    rows = math.prod(x.shape[d] for d in dims)
+    wide = x.float() if x.dtype != torch.float64 else x
+    if x.is_contiguous() and dims == list(range(dims[0], dims[-1] + 1)):
+        outer = math.prod(x.shape[: dims[0]])
+        made = primitives.sum_middle(wide.reshape(outer, rows, math.prod(x.shape[dims[-1] + 1 :])))
+    else:
+        made = primitives.sum_middle(wide.permute(*kept, *dims).reshape(math.prod(shape), rows, 1))
+    if keepdim:
+        shape = [1 if d in dims else x.shape[d] for d in range(x.dim())]
+    return made.view(shape).to(dtype or x.dtype)
+
+
+def _count(x: Tensor, dim: Dims) -> int:
+    return math.prod(x.shape[d] for d in _dims(x, dim)) if x.dim() else 1
+
+
+def mean(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum, divided by the number of elements."""
+    target = dtype or x.dtype
+    return (tree_sum(x, dim, keepdim, dtype=torch.float32) / _count(x, dim)).to(target)
+
+
+def var_mean(
+    x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Variance, from squared distances to the mean, and mean."""
+    centre = mean(x, dim, True, dtype=torch.float32)
+    away = x.float() - centre
+    count = max(0.0, _count(x, dim) - (1 if correction is None else correction))
+    variance = tree_sum(away * away, dim, keepdim) / count
+    return variance.to(x.dtype), centre.view(variance.shape).to(x.dtype)
+
+
+def var(x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    """Variance."""
+    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def std(x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    """Root of the variance."""
+    return var_mean(x.float(), dim, correction=correction, keepdim=keepdim)[0].sqrt().to(x.dtype)
+
+
+def vector_norm(
+    x: Tensor,
+    ord: float = 2,
+    dim: Dims = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,  # noqa: A002
+) -> Tensor:
+    """``aten::linalg_vector_norm`` for the orders 0, 1, 2 and the infinities.
+
+    Raises:
+        NotImplementedError: for other orders.
+    """
+    target = dtype or x.dtype
+    x = x.to(target)
+    if ord in (math.inf, -math.inf):
+        pick = torch.amax if ord > 0 else torch.amin
+        return pick(x.abs(), _dims(x, dim), keepdim)
+    if ord == 0:
+        return tree_sum((x != 0).float(), dim, keepdim).to(target)
+    wide = x.float()
+    if ord == 1:
+        return tree_sum(wide.abs(), dim, keepdim).to(target)
+    if ord == 2:
+        return tree_sum(wide * wide, dim, keepdim).sqrt().to(target)
+    raise NotImplementedError(f"the norm of order {ord} has no D2 kernel. HINT: use the order 0, 1, 2 or infinity.")
+
+
+def norm(x: Tensor, p: float | None = 2, dim: Dims = None, keepdim: bool = False) -> Tensor:
+    """``aten::norm``."""
+    return vector_norm(x, 2 if p is None else p, dim, keepdim)
+
+
+def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    """``exp(x - max) / sum(exp(x - max))``."""
+    target = torch.float32 if half_to_float else x.dtype
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=target)
+    x = x.float()
+    e = primitives.unary("exp", x - x.amax(dim, keepdim=True))
+    return (e / tree_sum(e, dim, True)).to(target)
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`softmax`, and 0 where all elements are minus infinity (masked attention)."""
+    x = x if dtype is None else x.to(dtype)
+    masked = (x == -math.inf).all(dim, keepdim=True)
+    return torch.where(masked, torch.zeros((), dtype=x.dtype, device=x.device), softmax(x, dim))
+
+
+def softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """``(dy - sum(dy * y)) * y``."""
+    g, y = dy.float(), y.float()
+    return ((g - tree_sum(g * y, dim, True)) * y).to(input_dtype)
+
+
+def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    """``(x - max) - log(sum(exp(x - max)))``."""
+    target = torch.float32 if half_to_float else x.dtype
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=target)
+    x = x.float()
+    shifted = x - x.amax(dim, keepdim=True)
+    total = tree_sum(primitives.unary("exp", shifted), dim, True)
+    return (shifted - primitives.unary("log", total)).to(target)
+
+
+def log_softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    """``dy - exp(y) * sum(dy)``."""
+    g = dy.float()
+    return (g - primitives.unary("exp", y.float()) * tree_sum(g, dim, True)).to(input_dtype)
+
+
+def logsumexp(x: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
+    """``max + log(sum(exp(x - max)))``; an infinite maximum is left out of the differences."""
+    dims, wide = _dims(x, dim), x.float()
+    largest = wide.amax(dims, keepdim=True)
+    largest = torch.where(largest.isinf(), torch.zeros_like(largest), largest)
+    total = primitives.unary("log", tree_sum(primitives.unary("exp", wide - largest), dims, True)) + largest
+    return (total if keepdim else total.squeeze(tuple(dims))).to(x.dtype)

@@ -1,0 +1,162 @@
+"""Operations under test: each maps floating-point tensors, which get gradients, to a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_easyscale.kernels import portable
+
+
+class Case(NamedTuple):
+    """A function and the shapes of its operands; `positive` makes them positive."""
+
+    function: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    positive: bool = False
+
+
+def whole(limit: int, *shape: int) -> Tensor:
+    """The same whole numbers in 0..limit-1 every time."""
+    return torch.randint(0, limit, shape, generator=torch.Generator().manual_seed(7))
+
+
+def at(index: Tensor, x: Tensor) -> Tensor:
+    return index.to(x.device)
+
+
+def batch_norm(x, w, b):
+    c = x.shape[1]
+    return F.batch_norm(x, x.new_zeros(c), x.new_ones(c), w, b, training=True)
+
+
+def batch_norm_eval(x, w, b, m, v):
+    return F.batch_norm(x, m.detach(), v.detach(), w, b, training=False)
+
+
+def ignoring(x):
+    target = whole(10, x.shape[0])
+    target[3] = -100
+    return F.cross_entropy(x, at(target, x), label_smoothing=0.1)
+
+
+IMAGE = (3, 6, 13, 11)
+CASES: dict[str, Case] = {
+    "linear": Case(F.linear, ((9, 37), (21, 37), (21,))),
+    "linear of three dimensions": Case(F.linear, ((3, 5, 37), (21, 37), (21,))),
+    "matmul": Case(torch.matmul, ((4, 33, 17), (4, 17, 65))),
+    "matmul over 20000": Case(torch.matmul, ((3, 20000), (20000, 5))),
+    "baddbmm": Case(lambda a, b, c: torch.baddbmm(a, b, c, beta=0.5, alpha=2.0), ((2, 5, 6), (2, 5, 300), (2, 300, 6))),
+    "conv": Case(lambda x, w, b: F.conv2d(x, w, b, padding=1), (IMAGE, (8, 6, 3, 3), (8,))),
+    "conv strided": Case(lambda x, w: F.conv2d(x, w, stride=2, padding=(2, 1)), (IMAGE, (8, 6, 5, 3))),
+    "conv dilated": Case(lambda x, w: F.conv2d(x, w, dilation=2), (IMAGE, (4, 6, 3, 3))),
+    "conv grouped": Case(lambda x, w, b: F.conv2d(x, w, b, groups=2, stride=2), (IMAGE, (4, 3, 3, 3), (4,))),
+    "conv depthwise": Case(lambda x, w: F.conv2d(x, w, groups=6, padding=1), (IMAGE, (6, 1, 3, 3))),
+    "conv 1x1": Case(F.conv2d, (IMAGE, (9, 6, 1, 1))),
+    "conv of one dimension": Case(lambda x, w: F.conv1d(x, w, padding=1), ((2, 4, 30), (5, 4, 3))),
+    "conv over many pixels": Case(lambda x, w: F.conv2d(x, w, padding=1), ((5, 2, 41, 40), (3, 2, 3, 3))),
+    "conv transposed": Case(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1),
+        (IMAGE, (6, 4, 3, 3), (4,)),
+    ),
+    "softmax": Case(lambda x: F.softmax(x, 1), ((5, 77, 3),)),
+    "log_softmax": Case(lambda x: F.log_softmax(x, -1), ((5, 300),)),
+    "logsumexp": Case(lambda x: torch.logsumexp(x, 1), ((5, 300),)),
+    "layer_norm": Case(lambda x, w, b: F.layer_norm(x, (33,), w, b), ((7, 4, 33), (33,), (33,))),
+    "batch_norm": Case(batch_norm, (IMAGE, (6,), (6,))),
+    "batch_norm in evaluation": Case(batch_norm_eval, (IMAGE, (6,), (6,), (6,), (6,)), positive=True),
+    "group_norm": Case(lambda x, w, b: F.group_norm(x, 3, w, b), (IMAGE, (6,), (6,))),
+    "max_pool": Case(lambda x: F.max_pool2d(x, 3, 2, 1), (IMAGE,)),
+    "max_pool in ceil mode": Case(lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), (IMAGE,)),
+    "avg_pool": Case(lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,)),
+    "avg_pool without padding": Case(
+        lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False), (IMAGE,)
+    ),
+    "adaptive_avg_pool": Case(lambda x: F.adaptive_avg_pool2d(x, (4, 3)), (IMAGE,)),
+    "global average": Case(lambda x: F.adaptive_avg_pool2d(x, 1), (IMAGE,)),
+    "bilinear": Case(lambda x: F.interpolate(x, (20, 9), mode="bilinear"), (IMAGE,)),
+    "nearest": Case(lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), (IMAGE,)),
+    "embedding": Case(lambda w: F.embedding(at(whole(12, 300), w), w), ((12, 5),)),
+    "index_add": Case(lambda x, s: x.index_add(1, at(whole(4, 90), x), s), ((3, 4), (3, 90))),
+    "scatter_add": Case(lambda x, s: x.scatter_add(0, at(whole(4, 90, 3), x), s), ((4, 3), (90, 3))),
+    "index": Case(lambda x: x[at(whole(6, 200), x)], ((6, 5),)),
+    "sum": Case(lambda x: x.sum((0, 2)), (IMAGE,)),
+    "sum of 20000": Case(lambda x: x.sum(1), ((16, 20000),)),
+    "sum of all": Case(lambda x: x.sum(), ((5000,),)),
+    "mean": Case(lambda x: x.mean(1), ((30, 200),)),
+    "var": Case(lambda x: x.var((0, 2, 3)), (IMAGE,)),
+    "std": Case(lambda x: x.std(-1), ((30, 200),)),
+    "norm": Case(lambda x: torch.linalg.vector_norm(x, dim=1), ((30, 200),)),
+    "cross_entropy": Case(ignoring, ((40, 10),)),
+    "cross_entropy of pixels": Case(lambda x: F.cross_entropy(x, at(whole(5, 2, 4, 6), x)), ((2, 5, 4, 6),)),
+    "mse_loss": Case(F.mse_loss, ((40, 10), (40, 10))),
+    "smooth_l1_loss": Case(F.smooth_l1_loss, ((40, 10), (40, 10))),
+    "bce with logits": Case(lambda x: F.binary_cross_entropy_with_logits(x, (x > 0.3).to(x.dtype)), ((40, 10),)),
+    "gelu": Case(F.gelu, ((3000,),)),
+    "gelu by tanh": Case(lambda x: F.gelu(x, approximate="tanh"), ((3000,),)),
+    "silu": Case(F.silu, ((3000,),)),
+    "sigmoid": Case(torch.sigmoid, ((3000,),)),
+    "tanh": Case(torch.tanh, ((3000,),)),
+    "exp": Case(torch.exp, ((3000,),)),
+    "expm1": Case(torch.expm1, ((3000,),)),
+    "erf": Case(torch.erf, ((3000,),)),
+    "softplus": Case(F.softplus, ((3000,),)),
+    "logsigmoid": Case(F.logsigmoid, ((3000,),)),
+    "log": Case(torch.log, ((3000,),), positive=True),
+    "log1p": Case(torch.log1p, ((3000,),), positive=True),
+    "rsqrt": Case(torch.rsqrt, ((3000,),), positive=True),
+    "relu": Case(F.relu, ((3000,),)),
+    "attention": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), ((2, 3, 17, 8),) * 3),
+}
+
+
+def operands(case: Case, seed: int = 0, *, scale: float = 1.0) -> list[Tensor]:
+    """Normally distributed fp32 operands on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator) * scale for shape in case.shapes]
+    return [x.abs() + 0.01 for x in made] if case.positive else made
+
+
+def run(
+    case: Case, given: list[Tensor], *, device: str = "cpu", dtype: torch.dtype = torch.float32, stock: bool = False
+) -> list[Tensor]:
+    """Result and gradients, on the CPU, under the portable policy or by torch's own kernels."""
+    leaves = [x.to(device, dtype).requires_grad_() for x in given]
+
+    def compute() -> list[Tensor]:
+        made = case.function(*leaves)
+        weights = torch.arange(made.numel(), dtype=dtype, device=device).remainder(7).view(made.shape) - 2.5
+        gradients = torch.autograd.grad(made, leaves, weights, allow_unused=True)
+        return [made.detach(), *(g for g in gradients if g is not None)]
+
+    if stock:
+        results = compute()
+    else:
+        with portable():
+            results = compute()
+    return [r.cpu() for r in results]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two fp32, bf16 or fp16 tensors are equal bit for bit; the format leaves the payload of a NaN open."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    words = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    nan = torch.full((), float("nan"), dtype=a.dtype)
+    x, y = (torch.where(t.isnan(), nan, t).contiguous().view(words) for t in (a, b))
+    return torch.equal(x, y)
+
+
+def differences(a: list[Tensor], b: list[Tensor]) -> list[str]:
+    """What differs between two lists of results, for messages."""
+    if len(a) != len(b):
+        return [f"{len(a)} and {len(b)} results"]
+    return [
+        f"result {i}: {int((x != y).sum())} of {x.numel()} elements, up to {float((x.float() - y.float()).abs().max())}"
+        for i, (x, y) in enumerate(zip(a, b, strict=True))
+        if not same_bits(x, y)
+    ]
