@@ -12,6 +12,7 @@ detected types, so a strategy has one way to ask.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from lightning_easyscale.devices import (
     environment_in_force,
     parse_devices,
 )
+from lightning_easyscale.elastic.group import DEVICES_VARIABLE
 from lightning_easyscale.probe import what_does_not_differ
 
 
@@ -60,8 +62,10 @@ def device_types_of(devices: Sequence[torch.device]) -> tuple[DeviceType, ...]:
     return tuple(found[d.index or 0] if d.type == "cuda" else device_type("cpu") for d in devices)
 
 
-def devices_for_workers(devices: Sequence[torch.device], workers: int) -> list[torch.device]:
+def devices_for_workers(devices: list[torch.device], workers: int) -> list[torch.device]:
     """One device for each worker process that an agent has started on this host, starting from the Trainer's.
+
+    The supervisor may name the type of each, whatever the Trainer was given.
 
     Args:
         devices: what the Trainer was given.
@@ -70,6 +74,12 @@ def devices_for_workers(devices: Sequence[torch.device], workers: int) -> list[t
     Raises:
         ValueError: if `devices` are of several types, so that nobody can say which type the others have.
     """
+    named = os.environ.get(DEVICES_VARIABLE)
+    if named:
+        accelerator = EasyScaleAccelerator()
+        return accelerator.get_parallel_devices(accelerator.parse_devices(named))
+    if len(devices) == workers:
+        return devices
     if not isinstance(devices, TypedDevices):
         if devices[0].type == "cpu":
             return [torch.device("cpu")] * workers

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from . import _lightning as pl
 from .elastic.notice import StopNotice
+from .elastic.spare import wait_as_spare
 from .environment import apply_environment, environment_in_force
 from .stopping import stop_signals
 from .topology import EXECUTOR_VARIABLE
@@ -54,6 +55,9 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
+        if self.strategy.topology.is_spare:
+            assert self.strategy.boundaries.elastic_dir is not None
+            wait_as_spare(self.strategy.boundaries.elastic_dir)
         with self._listen(trainer) as notice:
             if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
                 self._start_executors(notice)

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from . import _lightning_loggers as logs
 from . import _lightning_loops as loops
+from .elastic.control import FOLDER_VARIABLE
 from .elastic.folder import CheckpointFolder
 from .elastic.host_copy import host_copy
 from .elastic.notice import STOPPED
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
     from .session import Session
     from .strategy import EasyScaleStrategy
-
-DIRECTORY_VARIABLE = "EASYSCALE_ELASTIC_DIR"
-"""Environment variable with the default of `EasyScaleStrategy(elastic_dir=...)`."""
 
 SHORT_VALIDATION = 5.0
 """Seconds of a validation that a stop waits for."""
@@ -79,7 +77,7 @@ class Boundaries:
     _finished: ClassVar[dict[str, int]] = {}  # folder -> fits that this process has finished in it
 
     def __init__(self, strategy: EasyScaleStrategy, elastic_dir: str | os.PathLike[str] | None) -> None:
-        given = elastic_dir if elastic_dir is not None else os.environ.get(DIRECTORY_VARIABLE)
+        given = elastic_dir if elastic_dir is not None else os.environ.get(FOLDER_VARIABLE)
         self.elastic_dir = Path(given).absolute() if given else None
         self.resumed_before: str | None = None
         self._strategy = strategy

@@ -27,7 +27,9 @@ from .checkpoint import JobIdentity, seal
 from .checkpointing import Checkpointing, EasyScaleCheckpointIO
 from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightning
 from .devices import DeviceType, pinned_environment
+from .elastic.events import EVENTS_VARIABLE, report, report_step
 from .elastic.notice import StopNotice
+from .elastic.spare import mark_finished
 from .environment import ensure_environment
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
 from .model_strategy import ModelStrategy
@@ -37,7 +39,7 @@ from .seed import agree_on_seed
 from .session import Session
 from .snapshot import ESTState
 from .stopping import Boundaries
-from .topology import Topology, find_topology
+from .topology import Topology, find_topology, started_by_agent
 from .virtual_environment import VirtualEnvironment
 
 
@@ -117,6 +119,7 @@ class EasyScaleStrategy(ModelStrategy):
         self._check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
         self.level = det.Level.parse(determinism)
         self._num_ests = num_ests
+        self._has_stepped = False
         self._reduction = reduction
         self._pool = tuple(pool) if pool is not None else None
         self._threads = threads_per_est
@@ -235,6 +238,9 @@ class EasyScaleStrategy(ModelStrategy):
             environment = environment.physical
         assert environment is not None
         assert self.parallel_devices is not None
+        given = len(self.parallel_devices)
+        if started_by_agent(environment):
+            self.parallel_devices = devices_for_workers(self.parallel_devices, int(os.environ["LOCAL_WORLD_SIZE"]))
         self.topology = find_topology(
             environment,
             num_devices=len(self.parallel_devices),
@@ -243,24 +249,25 @@ class EasyScaleStrategy(ModelStrategy):
             ests_per_executor=self._ests_per_executor,
             types=[t.name for t in self.device_types],
             step_seconds=self._step_seconds,
+            spares=self.boundaries.elastic_dir is not None,
         )
-        if self.topology.under_torchrun:
-            self._follow_torchrun()
+        self._say_what_is_ignored(given)
         self.cluster_environment = self.topology.virtual_environment()
         pl.set_rank(self.topology.lead)
 
-    def _follow_torchrun(self) -> None:
-        """Give each of the agent's workers a device, whatever the Trainer's `devices` and `num_nodes` say."""
-        assert self.parallel_devices is not None
-        given, workers = len(self.parallel_devices), len(self.topology.local_executors)
-        executors = self.placement.num_executors
-        if given * self.num_nodes != executors and self.executor_index == 0:
+    def _say_what_is_ignored(self, given: int) -> None:
+        """Under an agent, the Trainer's `devices` and `num_nodes` decide nothing."""
+        if not self.topology.under_agent or self.topology.executor != 0:
+            return
+        agent = "the supervisor" if EVENTS_VARIABLE in os.environ else "torchrun"
+        started, used = self.topology.physical.world_size(), self.placement.num_executors
+        if given * self.num_nodes != started:
             rank_zero_info(
-                f"EasyScale: torchrun has started {executors} processes; `devices` ({given}) and `num_nodes`"
+                f"EasyScale: {agent} has started {started} processes; `devices` ({given}) and `num_nodes`"
                 f" ({self.num_nodes}) of the Trainer are ignored."
             )
-        if given != workers:
-            self.parallel_devices = devices_for_workers(self.parallel_devices, workers)
+        if used < started:
+            rank_zero_info(f"EasyScale: {started - used} of {started} processes wait as spares for {used} ESTs.")
 
     # -- launch --------------------------------------------------------------------------------------------------
     def _configure_launcher(self) -> None:
@@ -308,6 +315,8 @@ class EasyScaleStrategy(ModelStrategy):
             )
             split = " + ".join(str(c) for c in self.placement.ests_per_executor)
             rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
+            if self.executor_index == 0:
+                report("formed", num_ests=self.num_ests, placement=list(self.placement.ests_per_executor))
         if trainer.state.fn != TrainerFn.FITTING:
             return self.session.run(trainer, function, args, kwargs)
         if notice is not None:
@@ -315,6 +324,10 @@ class EasyScaleStrategy(ModelStrategy):
         args, kwargs = self.boundaries.prepare(trainer, function, args, kwargs)
         result = self.session.run(trainer, function, args, kwargs)
         self.boundaries.finish()
+        if self.executor_index == 0:
+            report("trained")
+            if self.boundaries.elastic_dir is not None:
+                mark_finished(self.boundaries.elastic_dir)
         return result
 
     @property
@@ -396,6 +409,31 @@ class EasyScaleStrategy(ModelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; a `fit` that resumes it must be the same job."""
         return self.checkpointing.load(checkpoint_path, weights_only)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step, and let a supervisor know how far the job is."""
+        result = super().optimizer_step(*args, **kwargs)
+        if self.global_rank == 0:
+            assert self.lightning_module is not None
+            step = self.lightning_module.trainer.global_step + 1  # counted after this
+            report_step(step)
+            if not self._has_stepped:
+                self._has_stepped = True
+                report("first_step", step=step)
+        return result
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell a supervisor what has failed."""
+        module = self.lightning_module
+        report(
+            "exception",
+            executor=self.executor_index,
+            rank=self.global_rank,
+            type=type(exception).__name__,
+            message=str(exception),
+            step=module.trainer.global_step if module is not None else 0,
+        )
+        super().on_exception(exception)
 
     def on_train_start(self) -> None:
         """Restore what is the EST's own."""

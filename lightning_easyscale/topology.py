@@ -30,10 +30,10 @@ class Topology:
 
     Args:
         placement: which ESTs each executor hosts.
-        executor: the executor that this process is.
+        executor: the executor that this process is; beyond the placement's: a spare, which hosts no EST.
         local_executors: the executors of this host.
         starts_processes: whether this process has to start the other executors of its host.
-        under_torchrun: whether torchrun decides about processes.
+        under_agent: whether torchrun or the supervisor decides about processes.
         physical: the environment that numbers processes.
     """
 
@@ -41,18 +41,24 @@ class Topology:
     executor: int
     local_executors: range
     starts_processes: bool
-    under_torchrun: bool
+    under_agent: bool
     physical: ClusterEnvironment
 
     @property
+    def is_spare(self) -> bool:
+        """Whether an agent started this process beyond the number of ESTs: it waits, in case it is needed later."""
+        return self.executor >= self.placement.num_executors
+
+    @property
     def lead(self) -> int:
-        """The lowest EST rank of this executor."""
-        return self.placement.ranges[self.executor][0]
+        """The lowest EST rank of this executor; of a spare, a rank that no EST has."""
+        return self.executor if self.is_spare else self.placement.ranges[self.executor][0]
 
     @property
     def first_rank_of_host(self) -> int:
         """The lowest EST rank on this host."""
-        return self.placement.ranges[self.local_executors[0]][0]
+        first = self.local_executors[0]
+        return first if first >= self.placement.num_executors else self.placement.ranges[first][0]
 
     @property
     def position_on_host(self) -> int:
@@ -69,6 +75,11 @@ class Topology:
         )
 
 
+def started_by_agent(physical: ClusterEnvironment) -> bool:
+    """Whether torchrun or the supervisor has started this process and decides how many there are."""
+    return isinstance(physical, TorchElasticEnvironment) and EXECUTOR_VARIABLE not in os.environ
+
+
 def find_topology(
     physical: ClusterEnvironment,
     *,
@@ -78,6 +89,7 @@ def find_topology(
     ests_per_executor: Sequence[int] | None,
     types: Sequence[str] = (),
     step_seconds: Mapping[str, float] | None = None,
+    spares: bool = False,
 ) -> Topology:
     """Find out which executor this process is, and place the ESTs.
 
@@ -89,12 +101,13 @@ def find_topology(
         ests_per_executor: how many ESTs each executor hosts; by default as even as possible.
         types: device type of each executor of this host.
         step_seconds: seconds of one EST's step per device type, from which the planner balances the ESTs.
+        spares: whether processes that an agent has started beyond N may wait.
 
     Raises:
         ValueError: if N is unknown under torchrun, or the ESTs do not fit the executors.
     """
     ours = os.environ.get(EXECUTOR_VARIABLE)
-    torchrun = isinstance(physical, TorchElasticEnvironment)
+    agent = started_by_agent(physical)
     if physical.creates_processes_externally and ours is None:
         if isinstance(physical, LightningEnvironment):
             physical.set_world_size(num_nodes * num_devices)
@@ -115,24 +128,28 @@ def find_topology(
             )
         counts = plan(num_ests or executors, types, step_seconds, use_every_device=True).ests_per_device
     return Topology(
-        placement=_place(executors, num_ests, counts, torchrun=torchrun),
+        placement=_place(executors, num_ests, counts, agent=agent, spares=agent and spares),
         executor=executor,
         local_executors=range(first, first + per_host),
         starts_processes=ours is None and not physical.creates_processes_externally,
-        under_torchrun=torchrun and ours is None,
+        under_agent=agent,
         physical=physical,
     )
 
 
-def _place(executors: int, num_ests: int | None, counts: Sequence[int] | None, *, torchrun: bool) -> Placement:
+def _place(
+    executors: int, num_ests: int | None, counts: Sequence[int] | None, *, agent: bool, spares: bool
+) -> Placement:
     given = num_ests or int(os.environ.get(NUM_ESTS_VARIABLE, 0)) or (sum(counts) if counts is not None else None)
-    if given is None and torchrun:
+    if given is None and agent:
         raise ValueError(
             "`num_ests` must be given under torchrun, where the number of devices may change."
             f" HINT: `EasyScaleStrategy(num_ests=...)` or the environment variable {NUM_ESTS_VARIABLE}."
         )
     if counts is None:
-        return Placement.even(given or executors, executors)
+        # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
+        used = min(executors, given or executors) if spares else executors
+        return Placement.even(given or executors, used)
     if len(counts) != executors:
         raise ValueError(
             f"`ests_per_executor={list(counts)}` names {len(counts)} devices, but the Trainer runs on {executors}."

@@ -38,7 +38,7 @@ def draw_figures(
     _fig14(out / "fig14.png", summaries, compat=compat)
     _fig15(out / "fig15.png", results, compat=compat)
     for name, result in results.items():
-        _gantt(out / f"gantt_{name}.png", result, gantt_jobs)
+        draw_gantt(out / f"gantt_{name}.png", result, gantt_jobs)
 
 
 def _fig14(path: Path, summaries: Mapping[str, Mapping[str, Any]], *, compat: bool) -> None:
@@ -89,7 +89,8 @@ def _fig15(path: Path, results: Mapping[str, Result], *, compat: bool) -> None:
     plt.close(figure)
 
 
-def _gantt(path: Path, result: Result, limit: int) -> None:
+def draw_gantt(path: Path, result: Result, limit: int, *, title: str | None = None) -> None:
+    """One schedule: a bar per job and span of constant devices."""
     records = sorted(result.records, key=lambda r: r.submit_s)[:limit]
     workloads = sorted({r.workload for r in records})
     figure, panel = plt.subplots(figsize=(10, min(1.2 + 0.1 * len(records), 24)), layout="constrained")
@@ -102,7 +103,7 @@ def _gantt(path: Path, result: Result, limit: int) -> None:
                 panel.barh(row, after - time, left=time, height=0.25 + 0.65 * share, color=colour)
     for i, workload in enumerate(workloads):
         panel.barh([0], [0], color=_COLOURS[i % len(_COLOURS)], label=workload)
-    panel.set_title(f"{result.policy}: bar height = devices held / maxP, grey = waiting", fontsize=9)
+    panel.set_title(f"{title or result.policy}: bar height = devices held / maxP, grey = waiting", fontsize=9)
     panel.set_xlabel("time (s)")
     panel.set_ylabel("job, in order of submission")
     panel.invert_yaxis()

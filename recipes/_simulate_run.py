@@ -82,12 +82,13 @@ def load_trace(config: Config, profile: Profile, cluster: ClusterSpec, seed: int
     return Trace(form, jobs, notes + more)
 
 
-def exchange(config: Config) -> Callable[[str], Communication | None] | None:
-    """Gradient exchange per workload, or None where it is switched off."""
+def exchange(config: Config, profile: Profile) -> Callable[[str], Communication | None] | None:
+    """Gradient exchange per workload, or None where it is switched off: the profile's own, else the published one."""
     options = config["communication"]
     if not options["enabled"]:
         return None
-    fitted = published_link().link
+    fitted = profile.link or published_link().link
+    sizes = profile.gradient_bytes or {name: 4.0 * count for name, count in PARAMETERS.items()}
 
     def link(prefix: str, default: Link) -> Link:
         latency, rate = options[f"{prefix}latency_s"], options[f"{prefix}bytes_per_s"]
@@ -95,7 +96,7 @@ def exchange(config: Config) -> Callable[[str], Communication | None] | None:
 
     local = link("", fitted)
     remote = link("remote_", local)
-    models = {name: Communication(4.0 * count, local, remote) for name, count in PARAMETERS.items()}
+    models = {name: Communication(size, local, remote) for name, size in sizes.items()}
     return models.get
 
 
@@ -131,7 +132,7 @@ def simulate(
             interval_s=config["interval"] or 0.0,
             failures=Failures(**config["failures"], seed=config["seed"]),
             serving=Serving(**config["serving"], seed=config["seed"]),
-            communication=exchange(config),
+            communication=exchange(config, profile),
             on_progress=on_progress,
         ).run()
         if moved:

@@ -147,6 +147,10 @@ def build_net(model: str, source: str, *, channels: int, image_size: int) -> nn.
             *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Dropout(0.25), nn.Linear(32 * (image_size // 4) ** 2, 10)),
         )
+    if model.startswith("perceptron_") and source == "builtin" and model.removeprefix("perceptron_").isdecimal():
+        width = int(model.removeprefix("perceptron_"))  # as many bytes to exchange as one likes, little to compute
+        pixels = channels * image_size**2
+        return nn.Sequential(nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, 10))
     names = {
         ("resnet50", "torchvision"): "resnet50",
         ("shufflenetv2", "torchvision"): "shufflenet_v2_x1_0",
@@ -155,7 +159,9 @@ def build_net(model: str, source: str, *, channels: int, image_size: int) -> nn.
         ("shufflenetv2", "pytorchcv"): "shufflenetv2.shufflenetv2_w1",
     }
     if (model, source) not in names:
-        known = ", ".join(f"{m} from {s}" for m, s in [("small_conv", "builtin"), *names])
+        known = ", ".join(
+            f"{m} from {s}" for m, s in [("small_conv", "builtin"), ("perceptron_WIDTH", "builtin"), *names]
+        )
         raise ValueError(f"`workload.model={model}` is not in `workload.source={source}`. HINT: there are {known}.")
     return _foreign_net(names[model, source], source)
 

@@ -225,13 +225,20 @@ def _resnet18_parameters() -> list[torch.nn.Parameter]:
     return list(resnet18().parameters())
 
 
-def measure(conf: OverheadConf, directory: Path, console: Console) -> dict[str, Any]:
-    """Run the comparisons; returns the content of ``overhead.json``."""
+def measure(conf: OverheadConf, directory: Path, console: Console) -> None:
+    """Run the comparisons; ``overhead.json`` and ``overhead.csv`` hold what is done so far after each of them."""
     bench = Bench(conf, directory)
     rows: list[Row] = []
     for name in dict.fromkeys(conf.only):
         console.print(f"{name} ...")
-        rows += getattr(bench, name)()
+        new = getattr(bench, name)()
+        rows += new
+        for row in new:
+            console.print(f"  {row['comparison']}: {row['what']}: {row['median']:.4g} {row['unit']}", markup=False)
+        write(_report(conf, bench, rows), directory)
+
+
+def _report(conf: OverheadConf, bench: Bench, rows: list[Row]) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if bench.accelerator == "gpu" else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -294,7 +301,7 @@ def main(config: DictConfig) -> None:
         check(conf)
         file = directory / "overhead.json"
         if not conf.plot_only:
-            write(measure(conf, directory, console), directory)
+            measure(conf, directory, console)
         elif not file.exists():
             raise ConfigError(f"`plot_only=true` finds no overhead.json in {directory}. HINT: say hydra.run.dir=DIR.")
         report = json.loads(file.read_text())

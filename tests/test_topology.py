@@ -1,7 +1,7 @@
 """Which executor a process is, and which ESTs it hosts."""
 
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from lightning_easyscale.topology import EXECUTOR_VARIABLE, NUM_ESTS_VARIABLE, find_topology
 
@@ -57,3 +57,30 @@ def test_the_planner_gives_a_faster_device_more_ests():
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         find(**changes)
+
+
+def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True):
+    variables = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    return find_topology(
+        TorchElasticEnvironment(),
+        num_devices=7,
+        num_nodes=1,
+        num_ests=num_ests,
+        ests_per_executor=None,
+        spares=spares,
+    )
+
+
+def test_processes_beyond_the_number_of_ests_are_spares(monkeypatch):
+    used = under_an_agent(monkeypatch, rank=1, world_size=4, num_ests=2)
+    assert (used.placement.ests_per_executor, used.is_spare, used.lead) == ((1, 1), False, 1)
+    spare = under_an_agent(monkeypatch, rank=2, world_size=4, num_ests=2)
+    assert spare.is_spare
+    assert spare.virtual_environment().global_rank() == 2, "never a rank that an EST has, nor 0, which writes files"
+
+
+def test_spares_need_a_folder_that_tells_them_the_end(monkeypatch):
+    with pytest.raises(ValueError, match="cannot run on 4 devices"):
+        under_an_agent(monkeypatch, rank=2, world_size=4, num_ests=2, spares=False)

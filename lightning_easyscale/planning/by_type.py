@@ -8,9 +8,9 @@ P and step times share one `TypePlanner`, and with it the cache.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from lightning_easyscale.planning.step_time import NANOSECONDS, StepTime
+from lightning_easyscale.planning.step_time import NANOSECONDS, StepTime, to_ns
 
 Counts = tuple[int, ...]
 
@@ -35,12 +35,18 @@ class TypePlanner:
     Args:
         num_ests: P, at least 1.
         models: the step-time function of each type, in the cluster's order; None: the job cannot use that type.
+        measured: measured seconds per global step by counts per type, exchange included; they replace the models'.
 
     Raises:
         ValueError: if P is not positive or no type can be used.
     """
 
-    def __init__(self, num_ests: int, models: Sequence[StepTime | None]) -> None:
+    def __init__(
+        self,
+        num_ests: int,
+        models: Sequence[StepTime | None],
+        measured: Mapping[Counts, float] | None = None,
+    ) -> None:
         """List every step time that can occur and what fits within it."""
         if num_ests < 1:
             raise ValueError(f"`num_ests={num_ests}` leaves nothing to run. HINT: a job has at least one EST.")
@@ -52,13 +58,19 @@ class TypePlanner:
         self._limits = sorted(times)
         self._room = [tuple(self._fit(m, limit) for m in models) for limit in self._limits]
         self._steps: dict[Counts, int | None] = {}
+        self.measured_ns = {counts: to_ns(seconds) for counts, seconds in (measured or {}).items()}
 
     def _fit(self, model: StepTime | None, limit: int) -> int:
         fit = model.capacity(limit) if model else 0
         return self.num_ests if fit is None else min(fit, self.num_ests)
 
     def step_ns(self, counts: Counts) -> int | None:
-        """The optimal step time in nanoseconds with `counts` devices per type; None where the ESTs do not fit."""
+        """The step time in nanoseconds with `counts` devices per type; None where the ESTs do not fit."""
+        measured = self.measured_ns.get(counts)
+        return self.limit_ns(counts) if measured is None else measured
+
+    def limit_ns(self, counts: Counts) -> int | None:
+        """The optimal step time by the models alone."""
         if counts not in self._steps:
             held = [(i, n) for i, n in enumerate(counts) if n]
             index = bisect_left(
@@ -88,7 +100,7 @@ class TypePlanner:
 
     def room(self, counts: Counts) -> Counts:
         """ESTs one device of each type may host at the optimal step time (0 for types not held)."""
-        step = self.step_ns(counts)
+        step = self.limit_ns(counts)
         if step is None:
             return (0,) * len(counts)
         room = self._room[bisect_left(self._limits, step)]

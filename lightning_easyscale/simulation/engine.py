@@ -259,7 +259,7 @@ class Engine:
         job.counts = counts
         job.nodes = len(held)
         job.step_s = job.planner.seconds(counts)
-        if self._communication is not None:
+        if self._communication is not None and counts not in job.planner.measured_ns:
             exchange = self._communication(job.spec.workload)
             if exchange is not None:
                 job.step_s += exchange.seconds(sum(counts), job.nodes)

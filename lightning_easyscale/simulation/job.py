@@ -178,10 +178,12 @@ def build_jobs(
                     AffineStepTime(
                         to_ns(profile.seconds(spec.workload, name, kernels, spec.batch_size)),
                         to_ns(profile.switch_seconds),
+                        to_ns(profile.fixed_seconds(spec.workload, name, kernels, spec.batch_size)),
                         max_ests=(max_ests or {}).get(name),
                     )
                     for name in types
                 ],
+                profile.measured_steps(spec.workload, kernels, spec.batch_size, spec.max_ests, types),
             )
         planner = planners[key]
         if oversize == "move" and capacity is not None and spec.max_ests > capacity[home]:

@@ -4,6 +4,7 @@ import pytest
 
 from lightning_easyscale.planning import (
     Communication,
+    Configuration,
     Link,
     Measurement,
     Profile,
@@ -11,6 +12,7 @@ from lightning_easyscale.planning import (
     published_link,
     published_profile,
 )
+from lightning_easyscale.simulation import JobSpec, build_jobs
 
 
 def test_json_round_trip_is_exact(tmp_path):
@@ -112,3 +114,35 @@ def test_published_times_equal_the_published_file(shared_data):
                 assert profile.seconds(workload, row["gpu"], kernels, int(row["bs"])) == float(row[column])
                 count += 1
     assert count == 72
+
+
+def test_measured_configurations_are_replayed_and_the_models_fill_the_gaps(tmp_path):
+    rows = (Measurement("w", "a", "D2", 8, 1.0, 0.5), Measurement("w", "b", "D2", 8, 2.0))
+    whole = (
+        Configuration("w", "D2", 8, ("a", "b"), (2, 1), 2.75, (2.5, 2.0)),
+        Configuration("w", "D2", 8, ("a",), (2,), 9.0, (9.0,)),
+    )
+    profile = Profile("p", "test", rows, configurations=whole, communication={"latency_s": 0.1, "bytes_per_s": 5.0})
+    profile.save(tmp_path / "p.json")
+    profile = Profile.load(tmp_path / "p.json")
+    assert profile.configurations == whole
+    assert profile.link == Link(0.1, 5.0)
+    assert profile.measured_steps("w", "D2", 8, 3, ("b", "a", "c")) == {(1, 1, 0): 2.75}
+    (job,) = build_jobs([JobSpec("j", 0.0, "w", 3, 10, 8, True, "a")], ("a", "b"), profile)
+    assert job.planner.seconds((1, 1)) == 2.75
+    assert job.planner.seconds((1, 0)) == 3.5  # 0.5 + 3 x 1, of ESTs of this job's size none was measured there
+    assert job.planner.seconds((2, 0)) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Configuration("w", "D1", 8, ("a",), (1, 1), 1.0), "do not match"),
+        (lambda: Configuration("w", "D1", 8, (), (), 1.0), "do not match"),
+        (lambda: Configuration("w", "D1", 8, ("a",), (1,), 0.0), "no step time"),
+        (lambda: Measurement("w", "a", "D1", 8, 1.0, -0.1), "`fixed_seconds=-0.1`"),
+    ],
+)
+def test_bad_measurements_are_named(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

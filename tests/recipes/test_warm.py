@@ -8,33 +8,19 @@ import pytest
 
 pytest.importorskip("hydra")
 
-from lightning_easyscale import devices
 from lightning_easyscale.compare import compare
 from lightning_easyscale.rebalance import Rebalance
 from recipes._runs import RunFailedError
 from recipes._stage import RunSpec
 from recipes._stage_callbacks import read_report
-from recipes._warm import WarmProcesses
 from recipes._workloads import prepare_data
+
+from .conftest import POOL
 
 pytestmark = pytest.mark.emulation
 
-POOL = ("v100", "t4")
 STEPS = 60
 WORKLOAD = {"model": "small_conv", "source": "builtin", "image_size": 28, "channels": 1, "batch_size": 4, "lr": 0.05}
-
-
-@pytest.fixture(scope="module")
-def warm():
-    environment = devices.apply_environment(devices.pinned_environment(POOL, emulate=True))
-    with WarmProcesses(environment) as processes:
-        yield processes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    pytest.importorskip("mlxtend")
-    return tmp_path_factory.mktemp("warm")
 
 
 def job(folder, name, **options):

@@ -1,0 +1,373 @@
+"""Runs an elastic job on one host: starts its executors, changes their devices, restarts them after crashes.
+
+Relaunch: to change devices, every executor gets SIGTERM, the ESTs agree on a step and save, all processes end, and new
+ones continue from the checkpoint. The supervisor itself knows nothing of training. It sees processes, exit codes,
+events that executors report (`events.py`) and requests (`control.py`), all in one thread.
+
+Exit codes of `Supervisor.run`: 0 finished; `STOPPED` (75, ``EX_TEMPFAIL``) stopped, the same command continues; 130 or
+143 ended at once by a second Ctrl-C or SIGTERM; else the job failed, with the failed executor's code (128 + n where
+signal n killed it).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from .control import FOLDER_VARIABLE, JobFolder, answer, receive
+from .events import EVENTS_VARIABLE, EventReader, read_step, step_file
+from .group import Devices, ExecutorGroup
+from .notice import STOPPED
+from .restarts import Failure, RestartPolicy
+
+_TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
+_SETTLE = 5.0  # seconds in which the other executors may end after one has failed, and say why
+_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted")  # errors of executors that another one's failure ended
+
+
+def say(text: str) -> None:
+    """Print a line with the time of day, beside the output of the executors."""
+    now = time.time()
+    clock = time.strftime("%H:%M:%S", time.localtime(now))
+    print(f"easyscale {clock}.{int(now % 1 * 1000):03d} | {text}", file=sys.stderr, flush=True)
+
+
+class Supervisor:
+    """Runs one job.
+
+    Args:
+        folder: the job's folder.
+        command: the user's command.
+        devices: what to start on.
+        num_ests: N, where the script leaves it open.
+        max_restarts: restarts in a row without progress before the job fails.
+        grace: seconds an executor has to save after SIGTERM before it is killed.
+        tell: takes lines for people.
+    """
+
+    def __init__(
+        self,
+        folder: JobFolder,
+        command: list[str],
+        devices: Devices,
+        *,
+        num_ests: int | None = None,
+        max_restarts: int = 3,
+        grace: float = 120.0,
+        tell: Callable[[str], None] = say,
+    ) -> None:
+        self.folder = folder
+        self.command = command
+        self.devices = devices
+        self.num_ests = num_ests
+        self._given_num_ests = num_ests
+        self._tell = tell
+        self._grace = grace
+        self._policy = RestartPolicy(max_restarts)
+        self._group: ExecutorGroup | None = None
+        self._run_id = uuid.uuid4().hex[:12]
+        self._phase = "starting"  # then "training", then "stopping"
+        self._next: Devices | None = None  # what to start on once the executors have ended
+        self._stop = False
+        self._asked = False  # whether these executors were told to end by this supervisor
+        self._signals: list[int] = []
+        self._deadline: float | None = None  # when executors that have not ended are killed
+        self._since: float | None = None  # when the pause began that now lasts
+        self._first_to_fail: int | None = None
+        self._errors: list[dict[str, Any]] = []
+        self._started_well = False
+        self._good_devices: Devices | None = None  # the newest that a step was taken on
+        self._trained = False  # whether training has ended by itself
+        self._restarts = 0
+        self._stages = 0
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+    def run(self) -> int:
+        """Run the job to its end; returns the exit code.
+
+        Raises:
+            JobError: if the folder is in use.
+        """
+        with self.folder.locked() as lock, self.folder.listening() as server, self._woken() as wake:
+            self._lock = lock
+            self._events = EventReader(self.folder.events)
+            step_file(self.folder.events).unlink(missing_ok=True)
+            code = None
+            try:
+                self._launch()
+                while code is None:
+                    select.select([server, wake], [], [], _TICK)
+                    _drain(wake)
+                    self._take_signals()
+                    while request := receive(server):
+                        self._answer(*request)
+                    self._follow_events()
+                    code = self._look()
+            except _AtOnce as end:
+                code = 128 + end.number
+                self._tell(f"ended at once by a second {signal.Signals(end.number).name}")
+            finally:
+                if self._group is not None and code != 0:
+                    self._group.kill()
+                self._write_state({0: "finished", STOPPED: "stopped"}.get(code, "failed"), code)  # type: ignore[arg-type]
+            return code
+
+    def _launch(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+        self._phase, self._deadline, self._first_to_fail, self._errors = "starting", None, None, []
+        self._asked = self._started_well = False
+        self._stages += 1
+        variables = {
+            FOLDER_VARIABLE: str(self.folder.path),
+            EVENTS_VARIABLE: str(self.folder.events),
+        }
+        if self._given_num_ests is not None:
+            variables["EASYSCALE_NUM_ESTS"] = str(self._given_num_ests)
+        self._group = ExecutorGroup(
+            self.command, self.devices, variables=variables, run_id=f"{self._run_id}-{self._stages}", keep=self._lock
+        )
+        checkpoint = self.folder.newest_checkpoint()
+        self._tell(f"starting on {self.devices}, {f'from {checkpoint}' if checkpoint else 'from the beginning'}")
+        self._write_state("running", None)
+
+    def _look(self) -> int | None:
+        """What the executors' exit codes mean; an exit code of our own when all is over."""
+        group = self._group
+        assert group is not None
+        codes = group.codes
+        ended = {index: code for index, code in enumerate(codes) if code is not None}
+        if len(ended) < len(codes):
+            bad = [index for index, code in ended.items() if code != 0]
+            if bad and self._first_to_fail is None:
+                self._first_to_fail = bad[0]
+                wait = self._grace if codes[bad[0]] == STOPPED else _SETTLE
+                self._deadline = min(self._deadline or float("inf"), time.monotonic() + wait)
+            if self._deadline is None or time.monotonic() < self._deadline:
+                return None
+            left = [index for index, code in enumerate(codes) if code is None]
+            self._tell(f"executors {left} have not ended in time and are killed")
+        if any(ended.get(index) != 0 for index in range(len(codes))):
+            group.kill()
+        self._follow_events()
+        return self._conclude(ended, all_ended=len(ended) == len(codes))
+
+    def _conclude(self, codes: dict[int, int], *, all_ended: bool) -> int | None:
+        """Act on the exit codes of the executors that ended by themselves."""
+        if all_ended and not any(codes.values()):
+            self._tell("finished")
+            return 0
+        saved = all_ended and all(code in (0, STOPPED) for code in codes.values())
+        if saved or (self._asked and all(code in (0, STOPPED) or code < 0 for code in codes.values())):
+            if not saved:
+                self._tell("the executors ended without a new checkpoint")
+            if self._stop:
+                self._tell("stopped; the same command continues the job")
+                return STOPPED
+            if self._next is None:
+                self._tell("an executor was told to end; starting again")
+                self._restarts += 1
+            self._move()
+            return None
+        return self._after_failure(self._failure(codes))
+
+    def _move(self) -> None:
+        self.devices, self._next = self._next or self.devices, None
+        self._launch()
+
+    # -- failures --------------------------------------------------------------------------------------------------
+    def _failure(self, codes: dict[int, int]) -> Failure:
+        """The failure that ended the others, as well as it can be told."""
+        step = read_step(self.folder.events)
+        for error in self._errors:
+            code = codes.get(error["executor"], 0)
+            if error["type"] not in _SECONDARY and code not in (0, STOPPED):
+                text = f"{error['type']}: {error['message']}"
+                return Failure(error["executor"], code, error["step"], text, error["rank"])
+        bad = {index: code for index, code in codes.items() if code not in (0, STOPPED)}
+        killed = [index for index, code in bad.items() if code < 0]
+        first = killed[0] if killed else self._first_to_fail if self._first_to_fail in bad else next(iter(bad), None)
+        if first is None:  # some have saved and others hang
+            first = next(index for index in range(self.devices.count) if index not in codes)
+            return Failure(first, -signal.SIGKILL, step)
+        return Failure(first, bad[first], step)
+
+    def _after_failure(self, failure: Failure) -> int | None:
+        self._tell(str(failure))
+        code = 128 - failure.code if failure.killed else failure.code
+        if self._stop:
+            self._tell("the executors failed while they were stopping; the newest good checkpoint is an older one")
+            return code
+        if self._trained:
+            self._tell("giving up: training had ended, and starting again would repeat it")
+            return code
+        if self._next is None and not self._started_well and self._good_devices not in (None, self.devices):
+            self._tell(f"nothing has run on {self.devices}; going back to {self._good_devices}")
+            self._next = self._good_devices
+        verdict = self._policy.decide(
+            failure, checkpoint=self.folder.newest_checkpoint(), started_well=self._good_devices is not None
+        )
+        if not verdict.restart:
+            self._tell(f"giving up, because {verdict.why}. {failure}")
+            return code
+        self._restarts += 1
+        if verdict.drop and self._next is None and self.devices.count > 1:
+            self._next = self.devices.without(failure.executor)
+            self._tell(f"leaving out the device of executor {failure.executor}")
+        self._since = self._since or time.monotonic()
+        self._move()
+        return None
+
+    # -- what executors report --------------------------------------------------------------------------------------
+    def _follow_events(self) -> None:
+        for event in self._events.new():
+            kind = event["event"]
+            paused = f"{time.monotonic() - self._since:.2f} s" if self._since is not None else ""
+            if kind == "formed":
+                self.num_ests = event["num_ests"]
+                split = " + ".join(map(str, event["placement"]))
+                self._tell(f"formed after {paused}: {self.num_ests} ESTs as {split}")
+            elif kind == "first_step":
+                self._tell(f"first step done after {paused}: step {event['step']}")
+                self._started_well, self._good_devices, self._since = True, self.devices, None
+                if self._phase == "starting":
+                    self._phase = "training"
+            elif kind == "trained":
+                self._trained = True
+                self._tell(f"training has ended: step {read_step(self.folder.events)}")
+            elif kind == "exception":
+                self._errors.append(event)
+            elif kind in ("notice", "agreed", "saved"):
+                self._since = self._since or time.monotonic()
+                self._phase = "stopping"
+                details = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("event", "time", "pid"))
+                self._tell(f"{kind}: {details}")
+
+    # -- requests --------------------------------------------------------------------------------------------------
+    def _answer(self, connection: socket.socket, request: dict[str, Any]) -> None:
+        do = {"status": self._on_status, "resize": self._on_resize, "stop": self._on_stop}.get(request.get("do", ""))
+        if do is None:
+            answer(connection, error=f"unknown request {request.get('do')!r}.")
+            return
+        answer(connection, **do(request))
+
+    def _on_status(self, _: dict[str, Any]) -> dict[str, Any]:
+        assert self._group is not None
+        return {
+            "state": self._phase,
+            "pid": os.getpid(),
+            "devices": str(self.devices),
+            "count": self.devices.count,
+            "num_ests": self.num_ests,
+            "step": read_step(self.folder.events),
+            "restarts": self._restarts,
+            "stages": self._stages,
+            "executors": self._group.pids,
+            "checkpoint": self.folder.newest_checkpoint(),
+        }
+
+    def _on_resize(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            devices = Devices.parse(str(request.get("devices")))
+        except (ValueError, RuntimeError) as error:
+            return {"error": str(error)}
+        if self._stop:
+            return {"error": "the job is stopping and takes no other devices."}
+        if self._next is not None or self._phase == "starting":
+            target = self._next or self.devices
+            return {"error": f"the job is on its way to {target} already. HINT: wait for its first step there."}
+        if self._phase == "stopping":
+            return {"error": "an executor was told to end and the job is saving. HINT: resize after its next step."}
+        if self.num_ests is not None and devices.count > self.num_ests:
+            return {
+                "error": f"`--devices {request['devices']}` is {devices.count} devices for {self.num_ests} ESTs: every"
+                f" device needs at least one. HINT: resize to at most {self.num_ests}."
+            }
+        if devices == self.devices:
+            return {"error": f"the job runs on {devices} already."}
+        self._tell(f"resize: {self.devices} -> {devices}")
+        self._next = devices
+        self._terminate()
+        return {"from": str(self.devices), "to": str(devices)}
+
+    def _on_stop(self, _: dict[str, Any]) -> dict[str, Any]:
+        if not self._stop:
+            self._begin_stop("stop")
+        return {"from": str(self.devices)}
+
+    def _begin_stop(self, why: str) -> None:
+        self._tell(f"{why}: saving and ending")
+        self._stop, self._next = True, None
+        self._terminate()
+
+    def _terminate(self) -> None:
+        assert self._group is not None
+        self._since = time.monotonic()
+        self._asked, self._phase, self._deadline = True, "stopping", time.monotonic() + self._grace
+        self._group.terminate()
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _woken(self) -> Iterator[socket.socket]:
+        """Collect signals; yields a socket that becomes readable with each."""
+        mine, other = socket.socketpair()
+        with mine, other:
+            for end in (mine, other):
+                end.setblocking(False)
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+            before = signal.set_wakeup_fd(other.fileno(), warn_on_full_buffer=False)
+            for number in handlers:
+                signal.signal(number, self._on_signal)
+            try:
+                yield mine
+            finally:
+                signal.set_wakeup_fd(before)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGCHLD:
+            self._signals.append(number)
+
+    def _take_signals(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            if self._stop:
+                raise _AtOnce(number)
+            self._begin_stop(signal.Signals(number).name)
+
+    def _write_state(self, state: str, code: int | None) -> None:
+        self.folder.write_state(
+            state=state,
+            code=code,
+            pid=os.getpid(),
+            devices=str(self.devices),
+            num_ests=self.num_ests,
+            step=read_step(self.folder.events),
+            restarts=self._restarts,
+            command=self.command,
+        )
+
+
+class _AtOnce(Exception):
+    """A second signal."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _drain(wake: socket.socket) -> None:
+    try:
+        while wake.recv(1024):
+            pass
+    except BlockingIOError:
+        pass

@@ -1,0 +1,56 @@
+"""A training script as a user would write it: nothing in it knows of elasticity.
+
+It keeps a run record and ends with ``result.json``; ``--delay`` makes a step last long enough to be disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_easyscale import EasyScaleStrategy, RunRecord
+from tests.launch.job import Classifier, loader, make_trainer, state_digest
+
+
+class Slow(Classifier):
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self.delay = delay
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 0:
+            time.sleep(self.delay)
+        return super().training_step(batch, batch_idx)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--num-ests", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--delay", type=float, default=0.0)
+    arguments = parser.parse_args()
+    pl.seed_everything(11, verbose=False)
+    trainer = make_trainer(
+        arguments.out,
+        strategy=EasyScaleStrategy(num_ests=arguments.num_ests, threads_per_est=1),
+        devices=1,
+        max_epochs=arguments.epochs,
+        callbacks=[RunRecord(arguments.out / "record", flush_every_n_steps=1)],
+    )
+    module = Slow(arguments.delay)
+    trainer.fit(module, loader(arguments.samples), loader(shuffle=False))
+    if trainer.global_rank == 0:
+        result = {"state": state_digest(trainer), "step": trainer.global_step}
+        (arguments.out / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

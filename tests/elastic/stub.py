@@ -1,0 +1,103 @@
+"""Stands for a training script: keeps the contract of an elastic job, and imports nothing slow.
+
+Usage: stub.py STEPS [FAULT ...], where a FAULT is ``rank:step:kind[:times]``; kinds: ``raise``, ``exit``, ``kill``,
+``hang`` (on SIGTERM, instead of saving), ``die`` (killed while saving), ``after``
+(fails when training has ended). Executor 0 steps; the others wait for it.
+Every executor also notes its start in ``starts.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+
+folder = Path(os.environ["EASYSCALE_ELASTIC_DIR"])
+events = Path(os.environ["EASYSCALE_EVENTS"])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+checkpoints = folder / "checkpoints"
+checkpoints.mkdir(exist_ok=True)
+steps = int(sys.argv[1])
+faults = [fault.split(":") for fault in sys.argv[2:]]
+
+
+def append(path: Path, **fields: object) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+def report(event: str, **data: object) -> None:
+    append(events, event=event, time=time.time(), pid=os.getpid(), **data)
+
+
+def due(step: int, *kinds: str) -> list[str] | None:
+    """The fault that is due; each happens `times` times, counted in a file."""
+    for number, (who, when, kind, *times) in enumerate(faults):
+        if int(who) == rank and int(when) <= step and kind in kinds:
+            done = folder / f"fault{number}"
+            count = int(done.read_text()) if done.exists() else 0
+            if count < int(times[0] if times else 1):
+                done.write_text(str(count + 1))
+                return [kind, when]
+    return None
+
+
+stopping = False
+
+
+def on_sigterm(*_: object) -> None:
+    global stopping
+    stopping = True
+
+
+signal.signal(signal.SIGTERM, on_sigterm)
+variables = ("RANK", "WORLD_SIZE", "EASYSCALE_NUM_ESTS", "EASYSCALE_DEVICES", "ATEN_CPU_CAPABILITY")
+append(folder / "starts.jsonl", **{name: os.environ.get(name) for name in variables})
+group = os.environ["TORCHELASTIC_RUN_ID"]
+(folder / f"ready-{group}-{rank}").touch()
+files = sorted(checkpoints.glob("*.ckpt"), key=lambda f: int(f.stem))
+step = int(files[-1].stem) if files else 0
+if rank == 0:
+    if size > int(os.environ.get("EASYSCALE_NUM_ESTS", 4)):
+        sys.exit("too many devices")
+    while len(list(folder.glob(f"ready-{group}-*"))) < size:
+        time.sleep(0.01)
+    report("formed", num_ests=4, placement=[4 // size] * size)
+    first = step
+while True:
+    time.sleep(0.01)
+    if rank == 0:
+        step += 1
+        events.with_suffix(".step").write_bytes(struct.pack("<q", step))
+        if step == first + 1:
+            report("first_step", step=step)
+    else:
+        noted = events.with_suffix(".step")
+        raw = noted.read_bytes() if noted.exists() else b""
+        step = struct.unpack("<q", raw)[0] if len(raw) == 8 else 0
+    kind, at = due(step, "raise", "exit", "kill") or ("", "")
+    if kind == "raise":
+        error = {"type": "ZeroDivisionError", "message": "on purpose"}
+        report("exception", executor=rank, rank=2 * rank, step=int(at), **error)
+        sys.exit(1)
+    if kind == "exit":
+        sys.exit(3)
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if stopping:
+        if due(step, "hang"):
+            time.sleep(60)
+        if due(step, "die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 0:
+            (checkpoints / f"{step}.ckpt").write_text("")
+            report("saved", step=step)
+        sys.exit(75)
+    if step >= steps:
+        if rank == 0:
+            report("trained")
+        sys.exit(1 if due(step, "after") else 0)

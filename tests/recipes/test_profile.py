@@ -1,0 +1,141 @@
+"""What a profile measures, what follows from it, and that it goes on where it was."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hydra")
+from hydra import compose, initialize
+from omegaconf import OmegaConf
+
+from lightning_easyscale.planning import Configuration, Link, Measurement, Profile
+from recipes._config import ConfigError
+from recipes._profile_config import check, counts, read_pace, register
+from recipes._profile_runs import (
+    concluded,
+    exchanges,
+    fit_exchange,
+    fit_speeds,
+    planned,
+    prediction_errors,
+    single_devices,
+)
+
+register()
+ROOT = Path(__file__).resolve().parents[2]
+WORKLOAD = {"name": "mnist_conv", "batch_size": 8}
+
+
+def configure(*overrides):
+    with initialize(version_base="1.3", config_path="../../conf"):
+        config = compose("profile", overrides=["file=none.json", *overrides])
+        return OmegaConf.to_object(config)
+
+
+def speeds(**seconds):
+    rows = [Measurement("mnist_conv", t, k, 8, s) for t, s in seconds.items() for k in ("D1", "D2")]
+    return Profile("p", "test", tuple(rows))
+
+
+def test_every_size_is_measured_alone_on_every_type():
+    conf = configure('devices="v100:2,t4:1"', "num_ests=[1,4]")
+    keys = [w.key[1:] for w in single_devices(conf, WORKLOAD)]
+    assert len(keys) == len(set(keys)) == 8
+    assert ("D2", 8, ("t4",), (4,)) in keys
+
+
+def test_planned_configurations_are_those_that_are_worth_having():
+    conf = configure('devices="v100:2,t4:2"', "num_ests=[4]", "levels=[d1+d2]")
+    found = {(w.devices, w.ests_per_device) for w in planned(conf, WORKLOAD, speeds(v100=1.0, t4=2.6))}
+    v, t = "v100", "t4"
+    assert found == {
+        ((v, v), (2, 2)),
+        ((t, t), (2, 2)),
+        ((v, t), (3, 1)),
+        ((v, t, t), (2, 1, 1)),
+    }  # with two V100 a T4 brings nothing: an EST takes 2.6 there, two take 2 on each V100
+    conf = configure('devices="v100:2,t4:2"', "num_ests=[4]", "levels=[d1]")
+    assert all(len(set(w.devices)) == 1 for w in planned(conf, WORKLOAD, speeds(v100=1.0, t4=2.6)))
+
+
+def test_exchanges_are_unpaced_and_of_several_sizes():
+    found = list(exchanges(configure()))
+    assert len({w.workload["name"] for w in found}) == 3
+    assert {len(w.devices) for w in found} == {2, 3, 4}
+    assert not any(w.paced for w in found)
+
+
+def test_speeds_and_link_are_recovered_from_what_they_generate():
+    link = Link(0.002, 5e8)
+    configurations = [
+        Configuration("mnist_conv", "D1", 8, ("v100",), (a,), 0.03 + 0.1 * a, (0.03 + 0.1 * a,)) for a in (1, 2, 4)
+    ]
+    sizes = {"mnist_conv": 1e5}
+    for width in (64, 512):
+        sizes[name := f"perceptron_{width}"] = 1e4 * width
+        for k in (2, 3):
+            exchange = link.ring_seconds(sizes[name], k)
+            configurations.append(Configuration(name, "D1", 4, ("v100",) * k, (1,) * k, 0.05 + exchange, (0.05,) * k))
+    row = next(m for m in fit_speeds(configurations) if m.workload == "mnist_conv")
+    assert (row.seconds, row.fixed_seconds) == pytest.approx((0.1, 0.03))
+    fit = fit_exchange(configurations, sizes)
+    assert (fit.link.latency_s, fit.link.bytes_per_s) == pytest.approx((0.002, 5e8), rel=1e-3)
+    profile = concluded(Profile("p", "test", (), configurations=tuple(configurations)), sizes)
+    assert profile.link == fit.link
+    assert max(map(abs, prediction_errors(profile))) < 1e-3
+
+
+def test_one_size_alone_gives_proportional_speeds():
+    (row,) = fit_speeds([Configuration("w", "D1", 8, ("v100",), (2,), 0.2, (0.2,))])
+    assert (row.seconds, row.fixed_seconds) == pytest.approx((0.1, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("levels=[d3]", "`levels` has 'd3'"),
+        ("num_ests=[0]", "`num_ests=\\[0\\]`"),
+        ("steps=1", "`steps=1`"),
+        ("exchange.executors=[1]", "takes two or more"),
+        ('pace="t5:0.1"', "`pace` has 't5'"),
+        ('pace="v100:x"', "has 'v100:x'"),
+        ('pace="v100:-1"', "zero or more"),
+    ],
+)
+def test_bad_settings_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check(configure('devices="v100:1"', override))
+
+
+def test_devices_and_pace_are_read():
+    assert counts(configure('devices="v100:2,t4:1"')) == {"v100": 2, "t4": 1}
+    assert read_pace("v100:0.5, t4:1") == {"v100": 0.5, "t4": 1.0}
+
+
+@pytest.mark.emulation
+def test_a_profile_is_measured_once_and_replayed(tmp_path):
+    pytest.importorskip("mlxtend")
+    file = tmp_path / "p.json"
+    command = [sys.executable, "-m", "recipes.profile", f"hydra.run.dir={tmp_path}", f"file={file}", "devices=v100:1"]
+    command += ["num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "exchange.widths=[]", "workload.batch_size=4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*more):
+        return subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stdout + first.stderr
+    profile = Profile.load(file)
+    assert [(c.devices, c.ests_per_device) for c in profile.configurations] == [(("v100",), (1,)), (("v100",), (2,))]
+    written = file.read_text()
+    again = run()
+    assert again.returncode == 0
+    assert file.read_text() == written  # nothing was measured a second time
+    other = run('pace="v100:0.1"')
+    assert other.returncode == 2
+    assert "was measured with pace={}" in other.stdout
