@@ -44,17 +44,22 @@ def choose_exactly(jobs: Sequence[Sequence[Option]], capacity: Counts) -> list[O
     Raises:
         ValueError: if an option's length does not match `capacity`.
     """
-    shape = tuple(n + 1 for n in capacity)
-    value = np.zeros(shape)
-    taken: list[np.ndarray] = []
     pruned = [pareto(options) for options in jobs]
     for options in pruned:
-        best, choice = value.copy(), np.full(shape, -1, dtype=np.int32)
-        for index, option in enumerate(options):
+        for option in options:
             if len(option.counts) != len(capacity):
                 raise ValueError(
                     f"`counts={option.counts}` does not match {len(capacity)} device types. HINT: one count per type."
                 )
+    # Devices that no job could take would only make the table larger.
+    asked = [sum(max((o.counts[i] for o in options), default=0) for options in pruned) for i in range(len(capacity))]
+    capacity = tuple(map(min, capacity, asked))
+    shape = tuple(n + 1 for n in capacity)
+    value = np.zeros(shape)
+    taken: list[np.ndarray] = []
+    for options in pruned:
+        best, choice = value.copy(), np.full(shape, -1, dtype=np.int32)
+        for index, option in enumerate(options):
             if any(c > n for c, n in zip(option.counts, capacity, strict=True)):
                 continue
             after = tuple(slice(c, None) for c in option.counts)
