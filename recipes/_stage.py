@@ -25,7 +25,7 @@ class RunSpec:
         level: ``d0``, ``d1``, ``d0+d2`` or ``d1+d2``.
         num_ests: N.
         devices: of an EasyScale stage, as Lightning's ``devices``: ``"v100:1,p100:2"``.
-        ests_per_executor: of an EasyScale stage, in device order.
+        ests_per_executor: of an EasyScale stage, in device order; empty: an even split.
         hosts: of an EasyScale stage over several hosts, the ``devices`` of each; empty on one host.
         pool: device types of all stages.
         emulate: whether types are emulated.
@@ -158,7 +158,7 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
         reduction=spec.reduction,  # type: ignore[arg-type]
         pool=spec.pool if spec.level.endswith("d2") else None,
         threads_per_est=spec.threads,
-        ests_per_executor=spec.ests_per_executor,
+        ests_per_executor=spec.ests_per_executor or None,
         process_group_backend=spec.process_group_backend,
     )
     # over several hosts, torchrun started this process and says which of them this is

@@ -33,12 +33,17 @@ def report(event: str, **data: Any) -> None:
     """
     path = os.environ.get(EVENTS_VARIABLE)
     if path:
-        line = json.dumps({"event": event, "time": time.time(), "pid": os.getpid(), **data}) + "\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        report_to(Path(path), event, **data)
+
+
+def report_to(path: Path, event: str, **data: Any) -> None:
+    """Append an event to the file `path`; see `report`."""
+    line = json.dumps({"event": event, "time": time.time(), "pid": os.getpid(), **data}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
 
 
 def report_step(step: int) -> None:

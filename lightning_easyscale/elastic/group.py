@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from lightning_easyscale.devices import apply_environment, environment_of, parse_devices
 
@@ -72,10 +73,18 @@ class ExecutorGroup:
         variables: more variables for all of them.
         run_id: tells the stages of all jobs apart.
         keep: descriptor that the executors inherit.
+        output: file that takes what they print; None: they share this process's.
     """
 
     def __init__(
-        self, command: list[str], devices: Devices, *, variables: Mapping[str, str], run_id: str, keep: int
+        self,
+        command: list[str],
+        devices: Devices,
+        *,
+        variables: Mapping[str, str],
+        run_id: str,
+        keep: int,
+        output: Path | None = None,
     ) -> None:
         self.devices = devices
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -92,15 +101,22 @@ class ExecutorGroup:
         }
         if devices.types:
             common[DEVICES_VARIABLE] = ",".join(devices.types)
-        for index in range(devices.count):
-            own = {**base, **common, "RANK": str(index), "LOCAL_RANK": str(index)}
-            if devices.types:
-                own = apply_environment(environment_of(devices.types[index]), own)
-            self.processes.append(
-                subprocess.Popen(
-                    command, env=own, start_new_session=True, pass_fds=(keep,), preexec_fn=_die_with_supervisor
+        with output.open("ab") if output is not None else nullcontext() as log:
+            for index in range(devices.count):
+                own = {**base, **common, "RANK": str(index), "LOCAL_RANK": str(index)}
+                if devices.types:
+                    own = apply_environment(environment_of(devices.types[index]), own)
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=own,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                        pass_fds=(keep,),
+                        preexec_fn=_die_with_supervisor,
+                    )
                 )
-            )
 
     @property
     def codes(self) -> list[int | None]:

@@ -20,11 +20,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .control import FOLDER_VARIABLE, JobFolder, answer, receive
-from .events import EVENTS_VARIABLE, EventReader, read_step, step_file
+from .events import EVENTS_VARIABLE, EventReader, read_step, report_to, step_file
 from .group import Devices, ExecutorGroup
 from .notice import STOPPED
 from .restarts import Failure, RestartPolicy
@@ -52,6 +53,7 @@ class Supervisor:
         max_restarts: restarts in a row without progress before the job fails.
         grace: seconds an executor has to save after SIGTERM before it is killed.
         tell: takes lines for people.
+        output: file that takes what the executors print; None: they share this process's.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Supervisor:
         max_restarts: int = 3,
         grace: float = 120.0,
         tell: Callable[[str], None] = say,
+        output: Path | None = None,
     ) -> None:
         self.folder = folder
         self.command = command
@@ -71,6 +74,7 @@ class Supervisor:
         self.num_ests = num_ests
         self._given_num_ests = num_ests
         self._tell = tell
+        self._output = output
         self._grace = grace
         self._policy = RestartPolicy(max_restarts)
         self._group: ExecutorGroup | None = None
@@ -88,6 +92,8 @@ class Supervisor:
         self._good_devices: Devices | None = None  # the newest that a step was taken on
         self._trained = False  # whether training has ended by itself
         self._restarts = 0
+        self._reached = 0  # the step at which the executors before these ended
+        self._steps_redone = 0
         self._stages = 0
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -134,8 +140,15 @@ class Supervisor:
         if self._given_num_ests is not None:
             variables["EASYSCALE_NUM_ESTS"] = str(self._given_num_ests)
         self._group = ExecutorGroup(
-            self.command, self.devices, variables=variables, run_id=f"{self._run_id}-{self._stages}", keep=self._lock
+            self.command,
+            self.devices,
+            variables=variables,
+            run_id=f"{self._run_id}-{self._stages}",
+            keep=self._lock,
+            output=self._output,
         )
+        types = list(self.devices.types) or ["device"] * self.devices.count
+        report_to(self.folder.events, "starting", devices=str(self.devices), types=types)
         checkpoint = self.folder.newest_checkpoint()
         self._tell(f"starting on {self.devices}, {f'from {checkpoint}' if checkpoint else 'from the beginning'}")
         self._write_state("running", None)
@@ -163,9 +176,12 @@ class Supervisor:
 
     def _conclude(self, codes: dict[int, int], *, all_ended: bool) -> int | None:
         """Act on the exit codes of the executors that ended by themselves."""
+        self._reached = read_step(self.folder.events)
         if all_ended and not any(codes.values()):
             self._tell("finished")
             return 0
+        if self._trained:
+            return self._after_failure(self._failure(codes))
         saved = all_ended and all(code in (0, STOPPED) for code in codes.values())
         if saved or (self._asked and all(code in (0, STOPPED) or code < 0 for code in codes.values())):
             if not saved:
@@ -238,11 +254,12 @@ class Supervisor:
                 self._tell(f"formed after {paused}: {self.num_ests} ESTs as {split}")
             elif kind == "first_step":
                 self._tell(f"first step done after {paused}: step {event['step']}")
+                self._steps_redone += max(0, self._reached - event["step"] + 1)
                 self._started_well, self._good_devices, self._since = True, self.devices, None
                 if self._phase == "starting":
                     self._phase = "training"
             elif kind == "trained":
-                self._trained = True
+                self._trained, self._phase = True, "ending"
                 self._tell(f"training has ended: step {read_step(self.folder.events)}")
             elif kind == "exception":
                 self._errors.append(event)
@@ -270,6 +287,7 @@ class Supervisor:
             "num_ests": self.num_ests,
             "step": read_step(self.folder.events),
             "restarts": self._restarts,
+            "steps_redone": self._steps_redone,
             "stages": self._stages,
             "executors": self._group.pids,
             "checkpoint": self.folder.newest_checkpoint(),
@@ -280,8 +298,9 @@ class Supervisor:
             devices = Devices.parse(str(request.get("devices")))
         except (ValueError, RuntimeError) as error:
             return {"error": str(error)}
-        if self._stop:
-            return {"error": "the job is stopping and takes no other devices."}
+        if self._stop or self._trained:
+            why = "training has ended" if self._trained else "the job is stopping"
+            return {"error": f"{why}: it takes no other devices."}
         if self._next is not None or self._phase == "starting":
             target = self._next or self.devices
             return {"error": f"the job is on its way to {target} already. HINT: wait for its first step there."}
@@ -305,13 +324,17 @@ class Supervisor:
         return {"from": str(self.devices)}
 
     def _begin_stop(self, why: str) -> None:
-        self._tell(f"{why}: saving and ending")
         self._stop, self._next = True, None
+        if self._trained:
+            self._tell(f"{why}: training has ended, so the script is left to end by itself")
+            return
+        self._tell(f"{why}: saving and ending")
         self._terminate()
 
     def _terminate(self) -> None:
         assert self._group is not None
         self._since = time.monotonic()
+        report_to(self.folder.events, "stopping")
         self._asked, self._phase, self._deadline = True, "stopping", time.monotonic() + self._grace
         self._group.terminate()
 
@@ -354,6 +377,8 @@ class Supervisor:
             num_ests=self.num_ests,
             step=read_step(self.folder.events),
             restarts=self._restarts,
+            stages=self._stages,
+            steps_redone=self._steps_redone,
             command=self.command,
         )
 

@@ -2,8 +2,8 @@
 
 Usage: stub.py STEPS [FAULT ...], where a FAULT is ``rank:step:kind[:times]``; kinds: ``raise``, ``exit``, ``kill``,
 ``hang`` (on SIGTERM, instead of saving), ``die`` (killed while saving), ``after``
-(fails when training has ended). Executor 0 steps; the others wait for it.
-Every executor also notes its start in ``starts.jsonl``.
+(fails when training has ended), ``linger`` (works on then, without saving on SIGTERM). Executor 0 steps; the others
+wait for it. Every executor also notes its start in ``starts.jsonl``.
 """
 
 from __future__ import annotations
@@ -100,4 +100,7 @@ while True:
     if step >= steps:
         if rank == 0:
             report("trained")
+            if due(step, "linger"):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(1)
         sys.exit(1 if due(step, "after") else 0)

@@ -250,6 +250,19 @@ def test_an_error_after_training_does_not_train_again(tmp_path: Path) -> None:
     assert job.said("training had ended")
 
 
+def test_after_training_nothing_is_moved_or_stopped(tmp_path: Path) -> None:
+    job = Job(tmp_path, 30, "0:30:linger")
+
+    def until_trained(job: Job) -> None:
+        while job.status()["state"] != "ending":
+            time.sleep(0.01)
+
+    script = [trained(1), until_trained, refused("1", "training has ended: it takes no other devices"), stop]
+    assert job.run(*script) == 0
+    assert job.sizes() == [2]
+    assert job.said("left to end by itself")
+
+
 def test_sigterm_to_the_supervisor_saves(tmp_path: Path) -> None:
     job = Job(tmp_path, LONG)
     assert job.run(trained(1), me(signal.SIGTERM)) == STOPPED
