@@ -15,7 +15,7 @@ pip_install := PIP_DISABLE_PIP_VERSION_CHECK=1 $(python) -m pip install --quiet 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo lint test test-all test-gpu keep-reports clean
+.PHONY: help install install-dev install-workloads demo lint test test-all test-gpu keep-reports clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,8 @@ help:  ## show this list
 install: $(VENV)/.installed  ## create .venv with the package and what the recipes need
 
 install-dev: $(VENV)/.installed-dev  ## the same plus what tests and checks need
+
+install-workloads: $(VENV)/.installed-workloads  ## models and data of the eight workloads, without another torch
 
 demo: $(VENV)/.installed  ## train across 4 -> 2 -> 1+2 devices and compare with stock DDP (outputs/demo)
 	$(python) -m recipes.accuracy_consistency hydra.run.dir=outputs/demo $(DEMO_ARGS)
@@ -66,6 +68,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(pip_install) -e ".[recipes]"
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(pip_install) -e ".[dev]"
+$(VENV)/.installed-workloads: $(VENV)/.created pyproject.toml constraints.txt requirements-workloads.txt
+	$(pip_install) -e ".[recipes,workloads]"
+	$(pip_install) --no-deps -r requirements-workloads.txt
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(VENV)/.installed-workloads
+	$(pip_install) -e ".[dev]"
+	@touch $@

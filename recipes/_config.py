@@ -7,7 +7,7 @@ mean together (ESTs that must add up, known levels) is checked by :func:`check`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional  # noqa: UP035  OmegaConf reads these at run time
+from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads these at run time
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -51,22 +51,37 @@ class WorkloadConf:
     """Model, data and optimizer.
 
     Args:
-        name: what figure and report call it.
-        model: ``small_conv``, ``resnet50``, ``shufflenetv2`` or ``vgg19``.
-        source: ``builtin``, ``torchvision`` or ``pytorchcv``: they start from different weights for one seed.
+        name: what figures and reports call it.
+        model: one of `recipes.workloads.TASKS`.
+        source: whose model: ``builtin``, ``pytorchcv``, ``torchvision`` or ``transformers``; the sources start from
+            different weights for one seed.
+        net: arguments of the network; which there are depends on the model.
+        data: ``small`` (real, brought by a package), ``synthetic``, or ``full`` (your own copy).
+        path: the folder of your own copy.
         image_size: pixels along an edge.
         channels: 1 or 3.
+        length: word pieces of a sample.
+        classes: of synthetic data.
+        samples: of an epoch, where the data is made up.
         batch_size: samples per EST and micro-batch.
-        lr: learning rate of SGD with momentum 0.9.
+        lr: learning rate.
+        learn_steps: optimizer steps of `recipes.learn`.
     """
 
     name: str = MISSING
     model: str = MISSING
-    source: str = MISSING
+    source: str = "builtin"
+    net: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    data: str = "small"
+    path: Optional[str] = None  # noqa: UP045
     image_size: int = 28
-    channels: int = 1
+    channels: int = 3
+    length: int = 96
+    classes: int = 10
+    samples: int = 1000
     batch_size: int = 16
-    lr: float = 0.05
+    lr: float = 0.02
+    learn_steps: int = 200
 
 
 @dataclass

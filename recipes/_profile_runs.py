@@ -23,6 +23,7 @@ from lightning_easyscale.planning import (
 )
 from lightning_easyscale.planning.step_time import to_ns
 
+from ._config import WorkloadConf
 from ._profile_config import LEVELS, ProfileConf, counts, read_pace
 from ._runs import RunFailedError
 from ._stage import RunSpec
@@ -91,8 +92,8 @@ def planned(conf: ProfileConf, workload: Mapping[str, Any], profile: Profile) ->
 def exchanges(conf: ProfileConf) -> Iterator[Wanted]:
     """Jobs that do little but exchange gradients, of several sizes over several devices."""
     for width, size in product(conf.exchange.widths, conf.exchange.executors):
-        workload = {**vars(conf.workload), "model": f"perceptron_{width}", "name": f"perceptron_{width}"}
-        workload.update(source="builtin", image_size=28, channels=1, batch_size=4)
+        made = WorkloadConf(name=f"perceptron_{width}", model="perceptron", net={"width": width}, data="synthetic")
+        workload = {**vars(made), "channels": 1, "batch_size": 4}
         yield Wanted(workload, "d1", (conf.exchange.device_type,) * size, (1,) * size, paced=False)
 
 

@@ -37,7 +37,7 @@ class RunSpec:
         record: directory of the run record.
         save: the checkpoint to write.
         resume: the checkpoint to start from.
-        data: file of the data.
+        data: directory of the prepared data.
         workload: fields of `WorkloadConf`.
         trainer: arguments of the Trainer.
         reduction: order of gradient reduction.
@@ -96,11 +96,10 @@ def run(spec: RunSpec) -> None:
     from lightning_easyscale.rebalance import Rebalance
 
     from ._stage_callbacks import Pace, SaveAtEnd, StepReport
-    from ._workloads import Classifier, DigitsData, build_net
+    from .workloads import build
 
     pl.seed_everything(spec.seed, workers=True, verbose=False)
-    shape = {key: spec.workload[key] for key in ("image_size", "channels")}
-    net = build_net(spec.workload["model"], spec.workload["source"], **shape)
+    module, datamodule = build(spec.workload, spec.data)
     arguments = _reference_arguments(spec) if spec.kind == "reference" else _easyscale_arguments(spec)
     callbacks = [RunRecord(spec.record, digest_at=spec.digest_at), *arguments.pop("callbacks", ())]
     if spec.pace:
@@ -121,11 +120,7 @@ def run(spec: RunSpec) -> None:
         num_sanity_val_steps=0,
         **spec.trainer,
     )
-    trainer.fit(
-        Classifier(net, lr=spec.workload["lr"]),
-        datamodule=DigitsData(spec.data, batch_size=spec.workload["batch_size"], **shape),
-        ckpt_path=spec.resume,
-    )
+    trainer.fit(module, datamodule=datamodule, ckpt_path=spec.resume)
 
 
 def _reference_arguments(spec: RunSpec) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def _serve() -> None:
 
     import lightning_easyscale  # noqa: F401
 
-    from . import _stage, _stage_callbacks, _workloads  # noqa: F401
+    from . import _stage, _stage_callbacks  # noqa: F401
+    from .workloads import classification  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)

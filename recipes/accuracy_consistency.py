@@ -34,7 +34,7 @@ from . import _figure, _report
 from ._config import AccuracyConsistencyConf, ConfigError, Stage, check, register
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._stage import RunSpec
-from ._workloads import prepare_data
+from .workloads import prepare
 
 register()
 
@@ -214,7 +214,7 @@ def run(conf: AccuracyConsistencyConf, directory: Path, console: Console) -> int
         console.print(
             f"[bold]accuracy consistency[/]: {conf.workload.name}, {conf.schedule.num_ests} ESTs, {directory}"
         )
-        runs = plan(conf, stages, directory, prepare_data(directory / "data"))
+        runs = plan(conf, stages, directory, prepare(vars(conf.workload), directory / "data"))
         seconds = round(execute_all(conf, runs, directory, console), 1)
         facts = (conf.seed, vars(conf.workload), runs[0].threads, os.cpu_count(), seconds)
         levels = list(dict.fromkeys(conf.determinism.levels))

@@ -49,8 +49,8 @@ from ._profile_runs import Measurer
 from ._runs import RunFailedError
 from ._stage import RunSpec
 from ._stage_callbacks import read_report
-from ._workloads import prepare_data
 from .profile import measure
+from .workloads import prepare
 
 register()
 
@@ -81,7 +81,7 @@ class LiveExperiment:
             pace=conf.pace,
             exchange=ExchangeConf([], [], ""),
         )
-        self.data = prepare_data(directory / "data")
+        self.data = prepare(vars(conf.workload), directory / "data")
 
     def base(self, spec: JobSpec) -> RunSpec:
         """The stage that a job's stages are made from."""

@@ -40,6 +40,7 @@ from ._bench_runs import interleave
 from ._bench_switch import time_switches
 from ._bench_worker import COLLECTIVES, Side
 from ._config import ConfigError
+from ._machine import device_name
 from ._runs import RunFailedError
 
 register()
@@ -239,10 +240,9 @@ def measure(conf: OverheadConf, directory: Path, console: Console) -> None:
 
 
 def _report(conf: OverheadConf, bench: Bench, rows: list[Row]) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if bench.accelerator == "gpu" else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": gpu or _cpu_name(),
+        "device": device_name(bench.accelerator == "gpu"),
         "cpu_count": determinism.default_threads(1),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -254,12 +254,6 @@ def _report(conf: OverheadConf, bench: Bench, rows: list[Row]) -> dict[str, Any]
         "rows": rows,
         "blocks": bench.raw,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(report: dict[str, Any]) -> Table:

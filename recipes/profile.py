@@ -39,7 +39,7 @@ from ._profile_runs import (
     single_devices,
 )
 from ._runs import RunFailedError
-from ._workloads import build_net, prepare_data
+from .workloads import build, prepare
 
 register()
 
@@ -55,7 +55,7 @@ def measure(conf: ProfileConf, directory: Path, console: Console) -> Profile:
     sizes = dict(profile.gradient_bytes)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Measurer(conf, directory, prepare_data(directory / "data")) as measurer,
+        Measurer(conf, directory, prepare(vars(conf.workload), directory / "data")) as measurer,
         Progress(*columns, console=console) as bars,
     ):
 
@@ -101,9 +101,8 @@ def _begin(conf: ProfileConf, file: Path) -> Profile:
 
 
 def _gradient_bytes(wanted: Wanted) -> float:
-    w = wanted.workload
-    net = build_net(w["model"], w["source"], channels=w["channels"], image_size=w["image_size"])
-    return BYTES_PER_PARAMETER * sum(p.numel() for p in net.parameters())
+    module, _ = build({**wanted.workload, "data": "synthetic", "path": None}, "")
+    return BYTES_PER_PARAMETER * sum(p.numel() for p in module.parameters())
 
 
 def table(profile: Profile) -> Table:

@@ -192,7 +192,7 @@ def test_figure_shows_exact_differences(records, tmp_path):
 
 def test_plan_hands_each_stage_to_the_next(tmp_path):
     conf = configure("determinism=d1_d2")
-    runs = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")
+    runs = plan(conf, check(conf), tmp_path, tmp_path)
     assert [spec.kind for spec in runs] == ["reference", "easyscale", "easyscale", "easyscale"]
     assert runs[0].digest_at == (100, 200, 300)
     assert [spec.resume for spec in runs[1:]] == [None, runs[1].save, runs[2].save]
@@ -205,7 +205,7 @@ def test_plan_hands_each_stage_to_the_next(tmp_path):
 
 def test_run_counts_as_complete_only_as_it_was_asked_for(tmp_path):
     conf = configure("schedule=smoke", "determinism=d1")
-    spec = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")[1]
+    spec = plan(conf, check(conf), tmp_path, tmp_path)[1]
     write_record(spec.record, steps=(0, 3))
     assert not is_complete(spec)
     Path(spec.save).parent.mkdir(parents=True)
@@ -268,7 +268,7 @@ def test_drawing_again_needs_a_report(tmp_path):
 
 def test_failed_run_shows_the_end_of_its_log_and_is_not_complete(tmp_path):
     conf = configure("schedule=smoke", "determinism=d1", "workload.model=nonsense")
-    spec = plan(conf, check(conf), tmp_path, tmp_path / "data.npz")[1]
+    spec = plan(conf, check(conf), tmp_path, tmp_path)[1]
     marker(spec).parent.mkdir(parents=True)
     marker(spec).write_text(spec.dumps())
     arguments = {"timeout_s": 100.0, "progress": lambda done: None, "stop": threading.Event()}

@@ -10,17 +10,18 @@ pytest.importorskip("hydra")
 
 from lightning_easyscale.compare import compare
 from lightning_easyscale.rebalance import Rebalance
+from recipes._config import WorkloadConf
 from recipes._runs import RunFailedError
 from recipes._stage import RunSpec
 from recipes._stage_callbacks import read_report
-from recipes._workloads import prepare_data
+from recipes.workloads import prepare
 
 from .conftest import POOL
 
 pytestmark = pytest.mark.emulation
 
 STEPS = 60
-WORKLOAD = {"model": "small_conv", "source": "builtin", "image_size": 28, "channels": 1, "batch_size": 4, "lr": 0.05}
+WORKLOAD = vars(WorkloadConf(name="small", model="small_conv", channels=1, batch_size=4, lr=0.05))
 
 
 def job(folder, name, **options):
@@ -42,7 +43,7 @@ def job(folder, name, **options):
             "record": str(folder / name),
             "save": str(folder / f"{name}.ckpt"),
             "resume": None,
-            "data": str(prepare_data(folder / "data")),
+            "data": str(prepare(WORKLOAD, folder / "data")),
             "workload": WORKLOAD,
             "trainer": {"limit_val_batches": 0},
             **options,
