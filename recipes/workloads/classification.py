@@ -115,7 +115,8 @@ def build_net(
         classes: number of logits.
         channels: of the images.
         image_size: pixels along an edge.
-        net: for the perceptron its ``width``; for Swin, fields of transformers' `SwinConfig`, and ``attention``: ``sdpa`` or ``eager``.
+        net: for the perceptron its ``width``; for Swin, fields of transformers' `SwinConfig`, and ``attention``:
+            ``sdpa`` or ``eager``.
 
     Raises:
         ValueError: for a model that ``source`` does not have.
