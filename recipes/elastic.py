@@ -34,7 +34,7 @@ from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._schedules import LiveStage, check_stages, random_stages
 from ._stage import RunSpec
 from ._timeline import Span, draw, plain, read_spans
-from ._workloads import prepare_data
+from .workloads import prepare
 
 
 @dataclass
@@ -195,7 +195,7 @@ def reference_environment(spec: RunSpec) -> dict[str, str]:
 def run(conf: ElasticConf, directory: Path, console: Console) -> dict[str, Any]:
     """The experiment; returns the report."""
     stages = stages_of(conf)
-    data = prepare_data(directory / "data")
+    data = prepare(vars(conf.workload), directory / "data")
     reference = make_spec(conf, stages, directory, data, reference=True)
     job = make_spec(conf, stages, directory, data, reference=False)
     if not is_complete(reference):

@@ -39,7 +39,7 @@ from ._config import TrainerConf, WorkloadConf
 from ._elastic_run import ElasticRun
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._stage import RunSpec
-from ._workloads import prepare_data
+from .workloads import prepare
 
 
 @dataclass
@@ -169,7 +169,7 @@ def count_samples(reference: Path, run: Path, *, num_ests: int, batch_size: int)
 
 def run(conf: SoakConf, directory: Path, console: Console) -> dict[str, Any]:
     """The whole soak; returns the report."""
-    data = prepare_data(directory / "data")
+    data = prepare(vars(conf.workload), directory / "data")
     reference = make_spec(conf, directory / "reference", data, reference=True)
     began = time.monotonic()
     if not is_complete(reference):
