@@ -24,7 +24,6 @@ _LN2_LOW: tl.constexpr = tl.constexpr(float.fromhex("0x1.7f7d1cp-20"))
 _NORMAL: tl.constexpr = tl.constexpr(2.0**-126)
 _TINY: tl.constexpr = tl.constexpr(2.0**-25)
 _INF: tl.constexpr = tl.constexpr(float("inf"))
-_NAN: tl.constexpr = tl.constexpr(float("nan"))
 _EXP: tl.constexpr = tl.constexpr(POLYNOMIALS["EXP"])
 _LOG: tl.constexpr = tl.constexpr(POLYNOMIALS["LOG"])
 _TANH: tl.constexpr = tl.constexpr(POLYNOMIALS["TANH"])
@@ -137,7 +136,7 @@ def log(x):
     y = tl.fma(exponent, _like(x, _LN2_HIGH), y)
     y = tl.where(x == _INF, _INF, y)
     y = tl.where(x == 0.0, -_INF, y)
-    y = tl.where(x < 0.0, _NAN, y)
+    y = tl.where(x < 0.0, float("nan"), y)
     return tl.where(x != x, x, y)
 
 
