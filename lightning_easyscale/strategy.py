@@ -441,14 +441,18 @@ class EasyScaleStrategy(ModelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``easyscale`` and one name per determinism level."""
+        """Register ``easyscale``, one name per determinism level, and stock DDP's variants."""
         levels = ("D0", "D1", "D0+D2", "D1+D2")
-        names = {"easyscale": "D1", **{f"easyscale_{x.lower().replace('+', '_')}": x for x in levels}}
+        names: dict[str, dict[str, Any]] = {
+            "easyscale": {},
+            **{f"easyscale_{x.lower().replace('+', '_')}": {"determinism": x} for x in levels},
+            "easyscale_find_unused_parameters_true": {"find_unused_parameters": True},
+            "easyscale_notebook": {"start_method": "fork"},
+        }
         refuse_in_pytorch_lightning(tuple(names))
-        for name, level in names.items():
-            strategy_registry.register(
-                name, cls, description=f"Elastic data parallelism, determinism level {level}", determinism=level
-            )
+        for name, options in names.items():
+            shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+            strategy_registry.register(name, cls, description=f"Elastic data parallelism {shown}".strip(), **options)
 
 
 if "easyscale" not in StrategyRegistry:

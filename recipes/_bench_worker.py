@@ -20,7 +20,7 @@ from typing import Any
 _POLL_S = 0.001
 _PATIENCE_S = 900.0
 
-COLLECTIVES = ("all_reduce 1", "all_reduce 1M", "all_gather 1", "broadcast 1", "barrier")
+COLLECTIVES = ("all_reduce 1", "all_reduce 1M", "all_gather 1", "broadcast 1", "barrier", "send and receive 1")
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,26 @@ def main(side: Side) -> None:
             device = trainer.strategy.root_device
             one, many = torch.ones(1, device=device), torch.ones(1 << 20, device=device)
             outputs = [torch.empty_like(one) for _ in range(side.workers)]
+
+            def message() -> None:
+                if dist.get_rank() == 0:
+                    dist.send(one, 1)
+                elif dist.get_rank() == 1:
+                    dist.recv(one, 0)
+
             calls: tuple[Callable[[], Any], ...] = (
                 lambda: dist.all_reduce(one),
                 lambda: dist.all_reduce(many),
                 lambda: dist.all_gather(outputs, one),
                 lambda: dist.broadcast(one, 0),
                 dist.barrier,
+                message,
             )
+            session = getattr(trainer.strategy, "session", None)
+
+            def switches() -> int:
+                return 0 if session is None else session.executor.switches
+
             for block in range(-1, side.blocks):
                 dist.barrier()
                 if self.gate is not None and block >= 0:
@@ -158,12 +171,13 @@ def main(side: Side) -> None:
                 for name, call in zip(COLLECTIVES, calls, strict=True):
                     dist.barrier()
                     synchronize()
-                    began = time.perf_counter()
+                    began, before = time.perf_counter(), switches()
                     for _ in range(side.steps):
                         call()
                     synchronize()
                     dist.barrier()
                     entry[name] = (time.perf_counter() - began) / side.steps
+                    entry[f"{name} switches"] = (switches() - before) / side.steps
                 if self.gate is not None and block >= 0:
                     self.gate.report(entry)
 

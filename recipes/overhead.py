@@ -7,7 +7,7 @@ block):
 - ``est_vs_ddp``: one EST on each of P executors / stock DDP on P;
 - ``switch``: a hand-over of the baton by itself, and an EST's step of a module that does nothing;
 - ``memory``: what one more EST needs beyond the parameters that all share;
-- ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs).
+- ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs), and how often each hands on the baton.
 
 Every number is the median of the blocks, with the least and the greatest; a ratio is that of neighbouring blocks, so a
 slow spell of the machine falls on both sides. Into ``hydra.run.dir`` go ``overhead.json`` (all blocks),
@@ -142,6 +142,9 @@ class Bench:
                 # The ESTs of one process take turns: a round of them is k calls.
                 share = k if name.endswith("on 1") else 1
                 rows.append(_row("collectives", f"{call}: {name}", "us", [1e6 * e[call] / share for e in entries]))
+                if share > 1:
+                    switches = [e[f"{call} switches"] / share for e in entries]
+                    rows.append(_row("collectives", f"{call}: {name}", "switches", switches))
         return rows
 
     def _compare(

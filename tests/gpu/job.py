@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_easyscale import DeterminismCallback, EasyScaleStrategy, RunRecord, ordered_allreduce_hook
 
+from .features import FEATURES
+
 
 class Block(nn.Module):
     """A residual block with BatchNorm."""
@@ -141,12 +143,13 @@ def main(spec: dict[str, Any]) -> None:
             process_group_backend=backend,
         )
     callbacks.append(SaveAt(spec["save"], spec["steps"]))
+    feature = FEATURES.get(spec["model"])
+    options = {"precision": spec["precision"], **(feature.trainer_options if feature is not None else {})}
     trainer = pl.Trainer(
         accelerator=spec["accelerator"],
         devices=spec["devices"],
         num_nodes=spec["num_nodes"],
         strategy=strategy,
-        precision=spec["precision"],
         max_steps=spec["steps"],
         max_epochs=-1,
         callbacks=callbacks,
@@ -154,8 +157,13 @@ def main(spec: dict[str, Any]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **options,
     )
-    trainer.fit(Model(spec["model"]), DataLoader(Images(), batch_size=8, shuffle=True), ckpt_path=spec["resume"])
+    module = Model(spec["model"]) if feature is None else feature()
+    data = DataLoader(
+        Images(), batch_size=8, shuffle=True, pin_memory=feature is not None and torch.cuda.is_available()
+    )
+    trainer.fit(module, data, ckpt_path=spec["resume"])
 
 
 if __name__ == "__main__":
