@@ -29,7 +29,7 @@ class LiveConf:
     Args:
         workload: group.
         devices: the cluster, as for the accelerator: ``v100:2,t4:1``.
-        pace: seconds that an EST sleeps before its mini-batch, by type: emulated devices then keep their speed whatever
+        pace: seconds that an EST sleeps in its mini-batch, by type: emulated devices then keep their speed whatever
             the number of cores.
         policy: group; who decides.
         num_jobs: jobs of the trace.

@@ -46,7 +46,7 @@ class ProfileConf:
         levels: ``d1`` (one type per job) and ``d1+d2`` (types mixed).
         steps: steps that are timed.
         warmup: steps before them.
-        pace: seconds that an EST sleeps before its mini-batch, by type, for emulated speeds: ``v100:0.05,t4:0.13``.
+        pace: seconds that an EST sleeps in its mini-batch, by type, for emulated speeds: ``v100:0.05,t4:0.13``.
         exchange: runs for the communication model.
         threads_per_est: CPU threads of an EST.
         seed: of the runs.

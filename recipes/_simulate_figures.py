@@ -98,16 +98,19 @@ def draw_gantt(path: Path, result: Result, limit: int, *, title: str | None = No
         panel.plot([record.submit_s, record.start_s], [row, row], color="#bbbbbb", lw=0.8)
         colour = _COLOURS[workloads.index(record.workload) % len(_COLOURS)]
         for (time, counts), (after, _) in _spans(record.segments):
-            if counts:
+            if counts is None:
+                panel.plot([time, after], [row, row], color="#bbbbbb", lw=0.8)
+            else:
                 share = min(1.0, sum(counts) / record.max_ests)
                 panel.barh(row, after - time, left=time, height=0.25 + 0.65 * share, color=colour)
     for i, workload in enumerate(workloads):
         panel.barh([0], [0], color=_COLOURS[i % len(_COLOURS)], label=workload)
-    panel.set_title(f"{title or result.policy}: bar height = devices held / maxP, grey = waiting", fontsize=9)
+    text = f"{title or result.policy}: bar height = devices held / maxP, grey = waiting"
+    panel.set_title(text, fontsize=9, loc="right")
     panel.set_xlabel("time (s)")
     panel.set_ylabel("job, in order of submission")
     panel.invert_yaxis()
-    panel.legend(fontsize=7, ncols=4, loc="lower left")
+    panel.legend(fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.02), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -40,9 +40,11 @@ function draw() {
     c.fillStyle = "#ccc"; c.fillRect(x(j.submit), y + 5, Math.max(0, x(j.start) - x(j.submit)), 2);
     c.fillStyle = colour(j.workload);
     for (let k = 0; k + 1 < j.segments.length; k++) {
-      const [t, n] = j.segments[k]; if (!n) continue;
+      const [t, n] = j.segments[k], after = j.segments[k + 1][0];
+      if (!n) { c.fillStyle = "#ccc"; c.fillRect(x(t), y + 5, x(after) - x(t), 2); c.fillStyle = colour(j.workload);
+        continue; }
       const held = n.reduce((a, b) => a + b), h = 3 + (step - 5) * Math.min(1, held / j.size);
-      c.fillRect(x(t), y + (step - 2 - h) / 2, Math.max(0.7, x(j.segments[k + 1][0]) - x(t)), h);
+      c.fillRect(x(t), y + (step - 2 - h) / 2, Math.max(0.7, x(after) - x(t)), h);
     }
     c.fillStyle = "#fff"; c.fillRect(0, y - 2, left - 4, step);
     c.fillStyle = "#333"; c.fillText(j.name.slice(0, 24), 2, y + 9);
@@ -77,8 +79,8 @@ rows.onmousemove = e => {
   let now = null; for (const [s, n] of j.segments) if (s <= t) now = n;
   const held = now ? DATA.types.map((g, i) => now[i] ? now[i] + " " + g : "").filter(Boolean).join(", ") : "none";
   tip.textContent = `${j.name} (${j.workload}, maxP ${j.size})\\nsubmitted ${j.submit.toFixed(0)} s, started ` +
-    `${j.start.toFixed(0)} s, finished ${j.finish.toFixed(0)} s\\nat ${t.toFixed(0)} s: ${held}; ${j.rescales}
-    rescales`;
+    `${j.start.toFixed(0)} s, finished ${j.finish.toFixed(0)} s\\nat ${t.toFixed(0)} s: ${held}; ` +
+    `${j.rescales} rescales`;
   tip.style.display = "block"; tip.style.left = e.clientX + 14 + "px"; tip.style.top = e.clientY + 10 + "px";
 };
 let drag = 0;

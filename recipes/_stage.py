@@ -43,7 +43,7 @@ class RunSpec:
         reduction: order of gradient reduction.
         process_group_backend: of the workers; None: the device's own.
         pace: ``(first step, seconds per executor)``, ascending: from that step on every EST of an executor sleeps
-            so long before its mini-batch, which makes an emulated device as slow as one likes without using a core.
+            so long in its mini-batch, which makes an emulated device as slow as one likes without using a core.
         report: file that executor ``i`` appends the time of each of its steps to, as ``<report>.<i>``; None: no file.
         control: file that ends the run at the next step, with a checkpoint, when it appears; None: no file.
         rebalance: arguments of `Rebalance`; None: ESTs stay.

@@ -38,7 +38,10 @@ class SaveAtEnd(Checkpoint):
 
 
 class Pace(Callback):
-    """Makes every EST sleep before its mini-batch, so that an emulated device takes the time it is meant to.
+    """Makes every EST sleep in its mini-batch, so that an emulated device takes the time it is meant to.
+
+    Between forward and backward, where a slow device would be slow: all devices begin a forward together, because its
+    first act is to take over the buffers of EST 0.
 
     Args:
         pace: ``(first step, seconds per executor)``, ascending.
@@ -47,9 +50,7 @@ class Pace(Callback):
     def __init__(self, pace: Sequence[tuple[int, Sequence[float]]]) -> None:
         self.pace = pace
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         """Sleep; the other ESTs of the executor wait for their turn meanwhile, as for any computation."""
         executor = getattr(trainer.strategy, "executor_index", trainer.global_rank)
         seconds = [row[executor] for first, row in self.pace if first <= trainer.global_step]

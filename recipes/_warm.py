@@ -130,13 +130,22 @@ class WarmProcesses:
             pids.append(int(self._answer()))
         return WarmRun(spec.name, log, pids)
 
-    def _answer(self) -> str:
+    def wait_until_ready(self) -> None:
+        """Wait until the warm process has imported everything; `start` would.
+
+        Raises:
+            RunFailedError: if it has ended.
+        """
         assert self._process.stdout is not None
         while not self._ready:
             line = self._process.stdout.readline()
             if not line:
                 raise RunFailedError(f"the process that runs are forked from has ended ({self._process.wait()}).")
             self._ready = line.strip() == "ready"
+
+    def _answer(self) -> str:
+        self.wait_until_ready()
+        assert self._process.stdout is not None
         return self._process.stdout.readline()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """A small live cluster: real EasyScale jobs under the inter-job scheduler, against the simulator's prediction.
 
-Devices are emulated and paced: an EST sleeps before its mini-batch for as long as its device type is slow, so that jobs
+Devices are emulated and paced: an EST sleeps in its mini-batch for as long as its device type is slow, so that jobs
 do not fight for cores. First the jobs' speeds are measured (`recipes.profile`), then what a start and a rescale cost.
 The simulator predicts every job's completion time from those; then the same jobs run for real, submitted over time and
 moved by relaunch whenever the policy says so. At the end each job is compared, bit for bit, with stock DDP that nobody
@@ -150,6 +150,7 @@ class LiveExperiment:
         for state in build_jobs(self.trace, tuple(self.types), profile):
             base = self.base(state.spec)
             jobs.append(LiveJob(state, base, measurer.warm(base.level, state.spec.preferred)))
+            jobs[-1].warm.wait_until_ready()  # what imports now would slow the first jobs
         policy = make_policy(self.policy)
         cluster = LiveCluster(tuple(self.types), self.capacity, policy, jobs, profile, costs=costs, on_event=self._say)
         cluster.run(self.conf.timeout_s)
