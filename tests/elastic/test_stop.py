@@ -39,7 +39,7 @@ STOPS = [
     case("mid-epoch validation due", at(1, 5, "on_after_backward"), (3,), (2, 1), TWICE, 6, "validation"),
     case("accumulating", at(0, 2, TRAINING, 2), (2, 1), (3,), ACCUMULATE, (3, 7), "next_batch", full),
     case("in a long accumulation", at(1, 0, TRAINING, 2), (2, 1), (3,), MICRO, (0, 4), "next_batch"),
-    case("validating", at(1, 4, "on_validation_batch_start", 3), (2, 1), (3,), LONG, 4, "validation"),
+    case("validating", at(1, 4, "on_validation_batch_start"), (2, 1), (3,), LONG, 4, "validation"),
     case("in a short validation", at(0, 6, "on_validation_batch_end", 2), (3,), (2, 1), TWICE, 6, "next_batch", full),
     case("validation ends", at(2, 4, "on_validation_end"), (2, 1), (3,), {}, 4, "next_epoch", full),
     case("mid-epoch validation ends", at(0, 6, "on_validation_end"), (2, 1), (3,), PLATEAU, 6, "next_batch"),
