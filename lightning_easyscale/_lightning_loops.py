@@ -8,6 +8,7 @@ by what follows: ``"validation"`` (a batch is complete, the validation that is d
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,7 @@ def unsaved_state(trainer: Trainer) -> dict[str, Any]:
     """What decides how training goes on and is in no state of Lightning's, as plain data."""
     return {
         "should_stop": trainer.should_stop,
+        "files": [_files(saver) for saver in trainer.checkpoint_callbacks],
         "savers": [
             {name: getattr(saver, name) for name in _MARKS if hasattr(saver, name)}
             for saver in trainer.checkpoint_callbacks
@@ -136,9 +138,30 @@ def unsaved_state(trainer: Trainer) -> dict[str, Any]:
 def load_unsaved_state(trainer: Trainer, state: dict[str, Any]) -> None:
     """Put back what `unsaved_state` returned."""
     trainer.should_stop = state["should_stop"]
+    for saver, then in zip(trainer.checkpoint_callbacks, state["files"], strict=False):
+        # What the life before has saved after this point is saved again, under the same names.
+        redone = set(trainer.strategy.broadcast(sorted(set(_files(saver)) - set(then))))
+        if redone:
+            saver.file_exists = _unless(redone, saver.file_exists)  # type: ignore[attr-defined]
     for saver, marks in zip(trainer.checkpoint_callbacks, state["savers"], strict=False):
         for name, value in marks.items():
             setattr(saver, name, value)
+
+
+def _files(saver: Any) -> list[str]:
+    folder = getattr(saver, "dirpath", None)
+    return sorted(os.listdir(folder)) if folder is not None and os.path.isdir(folder) else []
+
+
+def _unless(redone: set[str], file_exists: Callable[..., bool]) -> Callable[..., bool]:
+    def exists(filepath: Any, trainer: Trainer) -> bool:
+        name = os.path.basename(filepath)
+        if name in redone:
+            redone.discard(name)  # from then on it is this life's
+            return False
+        return file_exists(filepath, trainer)
+
+    return exists
 
 
 def with_checkpoint(

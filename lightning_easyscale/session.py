@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from . import _lightning as pl
 from ._lightning_loops import report_boundaries
+from .elastic.snapshots import SnapshotWriter
 from .placement import Placement
 from .reduction.collector import ESTDataParallel
 from .reduction.exchange import NativeReduction, Reduction, RingReduction, TreeReduction
@@ -114,6 +115,7 @@ class Session:
         self.running = False
         self.calls = 0
         self.leaving: set[int] = set()
+        self.snapshots = SnapshotWriter()
         self.strategies: dict[int, EasyScaleStrategy] = {self.lead: strategy}
 
     @property

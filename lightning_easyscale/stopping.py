@@ -16,21 +16,25 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
 
 from . import _lightning_loggers as logs
 from . import _lightning_loops as loops
 from .elastic.control import FOLDER_VARIABLE
 from .elastic.folder import CheckpointFolder
-from .elastic.host_copy import host_copy
+from .elastic.host_copy import HostCopy
 from .elastic.notice import STOPPED
 from .elastic.pace import Pace
+from .elastic.workers import ShieldedInit
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -62,6 +66,16 @@ def stop_signals(environment: ClusterEnvironment) -> list[int]:
     return [int(number) for number in found]
 
 
+def shield_workers(loader: Any, rank: int) -> None:
+    """Let the worker processes of `loader` outlive a stop signal (`elastic.workers`)."""
+    if not isinstance(loader, DataLoader) or loader.num_workers == 0 or isinstance(loader.worker_init_fn, ShieldedInit):
+        return
+    inner = loader.worker_init_fn
+    if inner is None and int(os.environ.get("PL_SEED_WORKERS", 0)):
+        inner = partial(pl_worker_init_function, rank=rank)  # as Lightning does where there is none
+    loader.worker_init_fn = ShieldedInit(inner)
+
+
 class Boundaries:
     """What one EST does where all of its state is known.
 
@@ -69,6 +83,10 @@ class Boundaries:
         strategy: the EST's strategy.
         elastic_dir: folder of an elastic run; None: a stop saves under the Trainer's ``default_root_dir``, and nothing
             is resumed by itself.
+        snapshot_every_n_steps: how often a snapshot is committed in an elastic run.
+
+    Raises:
+        ValueError: for an interval below 1, or one without a folder.
 
     Attributes:
         resumed_before: the boundary of the checkpoint that training has started from, while it has not got further.
@@ -76,16 +94,33 @@ class Boundaries:
 
     _finished: ClassVar[dict[str, int]] = {}  # folder -> fits that this process has finished in it
 
-    def __init__(self, strategy: EasyScaleStrategy, elastic_dir: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        strategy: EasyScaleStrategy,
+        elastic_dir: str | os.PathLike[str] | None,
+        snapshot_every_n_steps: int | None = None,
+    ) -> None:
         given = elastic_dir if elastic_dir is not None else os.environ.get(FOLDER_VARIABLE)
         self.elastic_dir = Path(given).absolute() if given else None
+        if snapshot_every_n_steps is not None and self.elastic_dir is None:
+            raise ValueError(
+                f"`snapshot_every_n_steps={snapshot_every_n_steps}` has nowhere to write. HINT: set `elastic_dir`, or"
+                f" the variable {FOLDER_VARIABLE}."
+            )
+        if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:
+            raise ValueError(
+                f"`snapshot_every_n_steps={snapshot_every_n_steps}` is not an interval. HINT: give at least 1."
+            )
+        self._snapshot_every = snapshot_every_n_steps
+        self._looked_at = 0
         self.resumed_before: str | None = None
         self._strategy = strategy
         self._begun = False
         self._start: tuple[int, int] = (0, 0)
         self._sanity_steps: int | float | None = None
         self._training, self._validation = Pace(4), Pace(1)
-        self._before_validation: dict[str, Any] | None = None  # the checkpoint; empty on ranks that do not write
+        self._leaves_validation = False  # a stop does, in the validation that goes on
+        self._before_validation: HostCopy | None = None  # its checkpoint, on the rank that writes
         self._validation_began = 0.0
         self._validation_seconds: float | None = None
 
@@ -141,6 +176,7 @@ class Boundaries:
         if self.elastic_dir is None:
             return
         if self._session.peers.index == 0:
+            self._session.snapshots.wait()
             self._folder().clear()
         key = str(self.elastic_dir)
         self._finished[key] = self._finished.get(key, 0) + 1
@@ -158,6 +194,8 @@ class Boundaries:
             loops.continue_with(trainer, before)
             self.resumed_before = before
         self._start = loops.position(trainer)
+        self._looked_at = self._start[0]
+        self._strategy.barrier("start of training")  # a signal that came in start-up is known to all from here
         self._begun = True
 
     def starting_up(self) -> None:
@@ -175,8 +213,8 @@ class Boundaries:
         """
         if not self._begun:
             return
-        if self._before_validation is not None:
-            self._before_validation = None
+        if self._leaves_validation:
+            self._leaves_validation, self._before_validation = False, None
             self._validation_seconds = time.monotonic() - self._validation_began
         if following == "next_batch":
             self._meet_if_due(self._training)
@@ -185,20 +223,34 @@ class Boundaries:
             self._stop(lambda: self._checkpoint(following))
         if long:
             checkpoint = self._checkpoint("validation")
-            self._before_validation = host_copy(checkpoint) if self._strategy.is_global_zero else {}
+            self._before_validation = HostCopy(checkpoint) if self._strategy.is_global_zero else None
+            self._leaves_validation = True
             self._validation_began = time.monotonic()
             self._validation.start(self._session.executor.world_meetings)
+        if following != "validation" and self._snapshot_due():
+            self._snapshot(following)
         self.resumed_before = None
 
     def in_validation(self) -> None:
         """A batch of a validation is complete, and there are more."""
         if not self._begun:
             self.starting_up()
-        elif self._before_validation is not None:
+        elif self._leaves_validation:
             self._meet_if_due(self._validation)
             if self._session.executor.stop_agreed:
                 kept = self._before_validation
-                self._stop(lambda: kept)
+                self._stop(lambda: kept.wait() if kept is not None else {})
+
+    def _snapshot_due(self) -> bool:
+        every, (step, _) = self._snapshot_every, loops.position(self._trainer)
+        before, self._looked_at = self._looked_at, step
+        return every is not None and step // every > before // every
+
+    def _snapshot(self, following: str) -> None:
+        checkpoint = self._checkpoint(following)
+        if self._strategy.is_global_zero:
+            step, batch = loops.position(self._trainer)
+            self._session.snapshots.submit(self._folder(), checkpoint, step=step, batch=batch)
 
     def _meet_if_due(self, pace: Pace) -> None:
         session = self._session
@@ -238,6 +290,7 @@ class Boundaries:
         if self._start != (step, batch):
             content = checkpoint()
             if self._strategy.is_global_zero:
+                self._session.snapshots.wait()
                 path = self._folder().commit(content, step=step, batch=batch)
                 what = f"saved `{path}` in {time.monotonic() - began:.2f} s; {self._how_to_go_on(path)}"
         self._strategy.barrier("stop")

@@ -38,7 +38,7 @@ from .runtime.peers import connect
 from .seed import agree_on_seed
 from .session import Session
 from .snapshot import ESTState
-from .stopping import Boundaries
+from .stopping import Boundaries, shield_workers
 from .topology import Topology, find_topology, started_by_agent
 from .virtual_environment import VirtualEnvironment
 
@@ -69,6 +69,7 @@ class EasyScaleStrategy(ModelStrategy):
         elastic_dir: folder of an elastic run; default: the environment variable ``EASYSCALE_ELASTIC_DIR``. A stop
             signal saves into its ``checkpoints/``, and `fit` starts from the newest good checkpoint there, whatever
             `ckpt_path` says.
+        snapshot_every_n_steps: for crashes, a thread commits a snapshot there after every so many optimizer steps.
 
     Raises:
         ValueError: for an argument that cannot be honoured, with the value and the cure.
@@ -99,6 +100,7 @@ class EasyScaleStrategy(ModelStrategy):
         broadcast_buffers: bool = True,
         allow: Sequence[str] = (),
         elastic_dir: str | os.PathLike[str] | None = None,
+        snapshot_every_n_steps: int | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
@@ -127,7 +129,7 @@ class EasyScaleStrategy(ModelStrategy):
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
         self._backend_between_executors = process_group_backend
         self.checkpointing = Checkpointing(self, allow=tuple(allow))
-        self.boundaries = Boundaries(self, elastic_dir)
+        self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"
@@ -353,7 +355,7 @@ class EasyScaleStrategy(ModelStrategy):
             self.session.peers.agree("barrier")
         else:
             super().barrier(*args, **kwargs)
-            if self.session is not None and not self.session.leaving:
+            if self.session is not None and self.global_rank not in self.session.leaving:
                 self.boundaries.starting_up()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -389,7 +391,8 @@ class EasyScaleStrategy(ModelStrategy):
         return ESTState(self.lightning_module.trainer, generators, self.checkpointing.follower)
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Follow the position of training loaders."""
+        """Follow the position of training loaders; keep worker processes through stop signals."""
+        shield_workers(dataloader, self.global_rank)
         module = self.lightning_module
         if module is not None and module.trainer.training:
             self.checkpointing.follower.attach(dataloader)

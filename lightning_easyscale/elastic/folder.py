@@ -42,6 +42,8 @@ class CheckpointFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for torn in self.path.glob(f".{self._prefix}step=*.tmp"):
+                torn.unlink(missing_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,8 @@ class Fault:
         rank: the EST in whose turn it happens.
         step: optimizer steps done then.
         phase: name of the callback hook in which it happens.
-        action: name of a signal; ``"group"``: SIGTERM to the whole process group; ``"exception"``.
+        action: name of a signal; ``"group"``: SIGTERM to the whole process group; ``"exception"``;
+            ``"SIGKILL in a save"``: the next time a file is synced, after its content was written.
         nth: which of the hook's calls at that step, from 1.
         life: which start of the job, from 0.
     """
@@ -39,10 +42,15 @@ class Fault:
         """Do it."""
         if self.action == "exception":
             raise InjectedError(f"injected on rank {self.rank} in {self.phase}")
-        if self.action == "group":
-            os.killpg(os.getpgid(0), signal.SIGTERM)
+        if self.action == "SIGKILL in a save":
+            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,misc]
+        elif self.action == "group":
+            # by somebody else: workers obey their own parent
+            command = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
+            subprocess.run(command, start_new_session=True, check=True)
         else:
             os.kill(os.getpid(), signal.Signals[self.action])
+        time.sleep(0.03)  # handlers run on the main thread, which may have to be woken
 
 
 class _Injector(Callback):

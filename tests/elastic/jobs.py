@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from ..integration.scenario import Script
 
 
 class Job(Model):
-    def __init__(self, plateau: str) -> None:
+    def __init__(self, plateau: str, pause: float) -> None:
         super().__init__()
+        self.pause = pause
         self.plateau = plateau
         self.seen = MeanMetric()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(self.pause)
         loss = super().training_step(batch, batch_idx)
         self.seen.update(loss)
         self.log("seen", self.seen, on_step=False, on_epoch=True)
@@ -44,6 +47,7 @@ def job(config: dict[str, Any], root: Path) -> Script:
     """A job; `config` holds arguments of the Trainer."""
     options = dict(config)
     plateau = options.pop("plateau", "")
+    workers, pause = options.pop("workers", 0), options.pop("pause", 0.0)
     batch, val_batch = options.pop("batch", 4), options.pop("val_batch", 4)
     saver = ModelCheckpoint(
         dirpath=root / "ckpt",
@@ -61,7 +65,7 @@ def job(config: dict[str, Any], root: Path) -> Script:
         **options,
     }
     data = {
-        "train_dataloaders": loader(noise=True, batch_size=batch),
+        "train_dataloaders": loader(noise=True, batch_size=batch, num_workers=workers),
         "val_dataloaders": loader(30, val_batch, shuffle=False, noise=True),
     }
-    return Script(Job(plateau), data, trainer)
+    return Script(Job(plateau, pause), data, trainer)

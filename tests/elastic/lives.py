@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..integration.harness import Outcome, RunFailedError, compare
@@ -33,6 +34,20 @@ def check_stopped(life: Outcome, *, ranks: int, saved: dict[str, str]) -> None:
     for values in life.notes.values():
         assert [value for name, value in values if name == "exception"] == ["TrainingStopped"]
     assert life.left == saved, life.left
+
+
+def check_tail(reference: Outcome, last: Outcome, *, again_from: int) -> None:
+    """The last life went on from batch `again_from` at the earliest and did the rest as the reference did."""
+    for outcome in reference, last:
+        if outcome.error is not None:
+            raise RunFailedError(outcome.error["traceback"] + outcome.error.get("log", ""))
+    for rank, values in reference.notes.items():
+        mine = last.notes[rank]
+        names = [name for name, _ in values]
+        assert f"train {again_from} outputs" not in [name for name, _ in mine], "it began too early"
+        assert mine == values[names.index(mine[0][0]) :], f"rank {rank} differs"
+    compare(replace(reference, notes={0: [("-", 0)]}), replace(last, notes={0: [("-", 0)]}))
+    assert last.left == {}
 
 
 def check_finished(reference: Outcome, lives: list[Outcome], *, files: bool = True) -> None:

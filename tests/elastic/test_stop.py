@@ -70,3 +70,35 @@ def test_a_stop_loses_no_bit(
     saved = {f"step={step:08d}-batch={batch:08d}.ckpt": boundary}
     check_stopped(lives[0], ranks=sum(first), saved=saved)
     check_finished(reference, lives)
+
+
+@pytest.mark.parametrize(
+    ("fault", "placement"),
+    [
+        pytest.param(at(2, 0, "setup"), (2, 1), id="start-up"),
+        pytest.param(at(0, 0, "on_sanity_check_start"), (3,), id="sanity check", marks=full),
+        pytest.param(at(1, 0, "on_train_start"), (2, 1), id="training starts", marks=full),
+    ],
+)
+def test_before_the_first_step_there_is_nothing_to_save(runs: Runs, fault: Fault, placement: tuple[int, ...]) -> None:
+    (life,) = runs.lives(JOB, {}, [placement], [fault])
+    check_stopped(life, ranks=3, saved={})
+    assert not [name for name, _ in life.notes[0] if name.startswith("train ")]
+
+
+def test_loader_workers_outlive_a_signal_to_the_process_group(runs: Runs) -> None:
+    (life,) = runs.lives(JOB, {"workers": 2}, [(3,)], [at(1, 1, TRAINING, action="group")])
+    check_stopped(life, ranks=3, saved={"step=00000002-batch=00000002.ckpt": "next_batch"})
+
+
+def test_without_an_elastic_folder_the_checkpoint_goes_to_the_default_root(runs: Runs) -> None:
+    (life,) = runs.lives(JOB, {}, [(3,)], [at(1, 1, TRAINING)], elastic_dir=None)
+    check_stopped(life, ranks=3, saved={})
+    assert "easyscale/step=00000002-batch=00000002.ckpt" in life.files
+    assert "ckpt_path='" in life.logs[0]
+
+
+def test_a_finished_run_is_not_gone_on_with(runs: Runs) -> None:
+    first, second = runs.lives(JOB, {"max_epochs": 1, "logger": False}, [(3,), (2, 1)], [], snapshot_every_n_steps=1)
+    assert first.left == second.left == {}
+    assert first.notes == second.notes

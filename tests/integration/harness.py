@@ -136,7 +136,7 @@ class Runs:
                     faults=tuple(fault for fault in faults if fault.life == life),
                 )  # fmt: skip
                 parts.append(self._run(task, processes=len(placement), root=root))
-                parts[-1].left = {path.name: _following(path) for path in elastic.rglob("*") if path.is_file()}
+                parts[-1].left = {path.name: _following(path) for path in elastic.rglob("*.ckpt")}
         return parts
 
     def _run(self, task: Task, processes: int, root: Path | None = None) -> Outcome:
