@@ -42,11 +42,11 @@ class Counts(pl.Callback):
         return {tuple(b - a for a, b in zip(one, two)) for one, two in zip(self.seen[1:], self.seen[2:])}  # noqa: B905
 
 
-def train(module, *, num_ests, accelerator="cpu", reduction="ddp", callbacks=(), **arguments):
+def train(module, *, num_ests, accelerator="cpu", reduction="ddp", callbacks=(), elastic_dir=None, **arguments):
     counts = Counts()
     data = TensorDataset(torch.randn(4 * num_ests * STEPS, 4), torch.randint(0, 3, (4 * num_ests * STEPS,)))
     trainer = pl.Trainer(
-        strategy=EasyScaleStrategy(num_ests=num_ests, reduction=reduction),
+        strategy=EasyScaleStrategy(num_ests=num_ests, reduction=reduction, elastic_dir=elastic_dir),
         accelerator=accelerator,
         devices=1,
         max_steps=STEPS,
@@ -66,6 +66,10 @@ def train(module, *, num_ests, accelerator="cpu", reduction="ddp", callbacks=(),
 @pytest.mark.parametrize("num_ests", [2, 3])
 def test_one_rendezvous_and_n_switches_per_step(num_ests, log, reduction):
     assert train(Net(log), num_ests=num_ests, reduction=reduction).per_step() == {(num_ests, 1, 0)}
+
+
+def test_listening_to_stop_signals_adds_no_rendezvous(tmp_path):
+    assert train(Net(), num_ests=2, elastic_dir=tmp_path).per_step() == {(2, 1, 0)}
 
 
 def test_clipping_and_a_schedule_add_no_rendezvous():

@@ -77,7 +77,9 @@ class StopNotice:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._previous.clear()
         signal.set_wakeup_fd(self._other_descriptor)
-        self._theirs.close()  # the thread reads the end of the stream
+        # The thread reads the end of the stream, which closing alone is not: forked workers have the socket too.
+        self._theirs.shutdown(socket.SHUT_RDWR)
+        self._theirs.close()
         self._thread.join()
         self._mine.close()
 
