@@ -41,6 +41,7 @@ class Side:
         threads: CPU threads per process.
         reduction: of EasyScale.
         directory: where the side waits and reports.
+        workload: fields of `WorkloadConf` to train instead of ``model``; its data is synthetic.
     """
 
     kind: str
@@ -56,6 +57,7 @@ class Side:
     threads: int
     reduction: str
     directory: str
+    workload: dict[str, Any] | None = None
 
     def write(self) -> Path:
         """Keep the side as a file for its processes."""
@@ -106,6 +108,7 @@ def main(side: Side) -> None:
     import torch.distributed as dist
 
     from ._bench_models import BenchModule, loader
+    from .workloads import build
 
     def synchronize() -> None:
         if torch.cuda.is_initialized():
@@ -213,8 +216,14 @@ def main(side: Side) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        limit_val_batches=0,
     )
     trainer.callbacks.append(Blocks())  # type: ignore[attr-defined]
+    if side.workload is not None:
+        samples = steps * side.workers * side.batch_size
+        module, data = build({**side.workload, "data": "synthetic", "samples": samples}, side.directory)
+        trainer.fit(module, datamodule=data)
+        return
     trainer.fit(
         BenchModule(model, side.image_size), loader(model, side.image_size, side.batch_size, steps * side.workers)
     )
