@@ -1,11 +1,12 @@
 """D1 equals stock DDP for random jobs, on every placement, through any number of placement changes.
 
-The pairwise subset covers every pair of (N, placement kind), (N, order), (order, changes), ... once or more; the full
-product is marked `matrix`.
+The pairwise subset covers every pair of (N, placement kind), (N, order), (order, changes), ... once or more. The full
+product, marked `matrix`, has every split of N over 1..N executors in both orders with every number of changes.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -27,7 +28,7 @@ def splits(n: int) -> list[tuple[int, ...]]:
 def placement_for(n: int, kind: str, pick: random.Random) -> tuple[int, ...]:
     some = {
         "one": [(n,)],
-        "uneven": [s for s in splits(n) if 1 < len(s) < n and len(set(s)) > 1] or [(1,) * n],
+        "shared": [s for s in splits(n) if 1 < len(s) < n] or [(1,) * n],
         "own": [(1,) * n],
     }
     return pick.choice(some[kind])
@@ -55,7 +56,7 @@ def pairwise(dimensions: dict[str, list[Any]], seed: int = 0) -> list[dict[str, 
 
 DIMENSIONS: dict[str, list[Any]] = {
     "n": [2, 3, 4, 5],
-    "kind": ["one", "uneven", "own"],
+    "kind": ["one", "shared", "own"],
     "order": ["ddp", "tree"],
     "changes": [0, 1, 3],
     "job": list(range(6)),
@@ -63,20 +64,21 @@ DIMENSIONS: dict[str, list[Any]] = {
 
 
 def case_id(case: dict[str, Any]) -> str:
-    return "-".join(f"{k}{v}" for k, v in case.items())
+    return "-".join(f"{k}{'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in case.items())
 
 
 def run_case(runs: Runs, case: dict[str, Any]) -> None:
+    """Compare a run of a random job with its reference; the first placement is given or of a kind."""
     pick = random.Random(case_id(case))
     n = case["n"]
     config = {"seed": case["job"], "n": n}
     reference = runs.reference(JOB, config, n, case["order"])
     if reference.error is not None:
         raise RunFailedError(reference.error["traceback"])
+    first = case["placement"] if "placement" in case else placement_for(n, case["kind"], pick)
     stops = sorted(pick.sample(range(1, BATCHES), case["changes"]))
-    kinds = [case["kind"], *(pick.choice(DIMENSIONS["kind"]) for _ in stops)]
-    stages = [(placement_for(n, kind, pick), stop) for kind, stop in zip(kinds, [*stops, None], strict=True)]
-    compare(reference, runs.elastic(JOB, config, stages, case["order"]))
+    placements = [first, *(pick.choice(splits(n)) for _ in stops)]
+    compare(reference, runs.elastic(JOB, config, list(zip(placements, [*stops, None], strict=True)), case["order"]))
 
 
 @pytest.mark.parametrize("case", pairwise(DIMENSIONS), ids=case_id)
@@ -85,10 +87,27 @@ def test_d1_equals_stock_ddp(runs: Runs, case: dict[str, Any]) -> None:
 
 
 def product() -> list[dict[str, Any]]:
-    cases = [{}]
-    for name, values in {**DIMENSIONS, "job": list(range(12))}.items():
-        cases = [{**case, name: value} for case in cases for value in values]
+    """Every N, split, order and number of changes, each with four jobs of twelve."""
+    cases: list[dict[str, Any]] = []
+    for n, order, changes in itertools.product(*(DIMENSIONS[name] for name in ("n", "order", "changes"))):
+        for placement in splits(n):
+            case = {"n": n, "placement": placement, "order": order, "changes": changes}
+            cases += [{**case, "job": job} for job in random.Random(case_id(case)).sample(range(12), 4)]
     return cases
+
+
+def test_the_product_has_every_placement() -> None:
+    assert [len(splits(n)) for n in (2, 3, 4, 5)] == [2, 4, 8, 16]
+    assert all(sum(split) == 5 and min(split) > 0 for split in splits(5))
+    placed = {(case["placement"], case["order"], case["changes"]) for case in product()}
+    assert len(placed) == (2 + 4 + 8 + 16) * 2 * 3
+    assert {case["job"] for case in product()} == set(range(12))
+
+
+def test_the_subset_has_every_pair() -> None:
+    chosen = pairwise(DIMENSIONS)
+    for (a, xs), (b, ys) in itertools.combinations(DIMENSIONS.items(), 2):
+        assert {(case[a], case[b]) for case in chosen} == set(itertools.product(xs, ys))
 
 
 @pytest.mark.matrix
