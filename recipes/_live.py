@@ -68,13 +68,14 @@ def stage_of(
 ) -> RunSpec:
     """The stage of a job on `counts` devices per type, with the planner's split of its ESTs."""
     names = tuple(t for t, n in zip(types, counts, strict=True) for _ in range(n))
-    split = plan(base.num_ests, names, seconds, use_every_device=True).ests_per_device
+    found = plan(base.num_ests, names, seconds)
+    names = tuple(names[i] for i in found.used)  # a device that would only slow the others down stays idle
     home = Path(base.record).parent
     pace = dict(zip(types, base.pace[0][1], strict=True))
     return replace(
         base,
         devices=",".join(f"{name}:{n}" for name, n in Counter(names).items()),
-        ests_per_executor=split,
+        ests_per_executor=found.placement.ests_per_executor,
         first_step=first_step,
         save=str(home / f"stage_{number}.ckpt"),
         resume=str(home / f"stage_{number - 1}.ckpt") if number else None,

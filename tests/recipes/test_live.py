@@ -117,6 +117,8 @@ def test_a_stage_has_the_planners_split_and_its_devices_pace(folder):
     seconds = {"v100": 1.0, "t4": 2.6}
     stage = stage_of(base, 2, types=POOL, counts=(1, 1), seconds=seconds, first_step=7)
     assert (stage.devices, stage.ests_per_executor, stage.pace) == ("v100:1,t4:1", (3, 1), ((0, (0.1, 0.26)),))
+    slow = stage_of(base, 0, types=POOL, counts=(1, 1), seconds={"v100": 1.0, "t4": 9.0}, first_step=0)
+    assert (slow.devices, slow.ests_per_executor) == ("v100:1", (4,))
     assert stage.resume.endswith("stage_1.ckpt")
     assert stage.save.endswith("stage_2.ckpt")
 
