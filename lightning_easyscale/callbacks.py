@@ -23,7 +23,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from . import determinism, devices
+from . import determinism, devices, kernels
+from .portability import PortableKernels
 from .record import digest_module, digest_optimizers, flatten_tensors
 from .record_writer import RecordWriter
 
@@ -225,6 +226,9 @@ class DeterminismCallback(Callback):
             ESTs uses. The stock launchers choose by themselves otherwise, and the count changes bits.
         pool: with D2, the device types that the job may ever run on. Where they ask for other instruction sets than
             those in force, the script is started again, once, when the callback is made.
+            A pool with a CUDA type has the policy `portable`: the run computes by the kernels of `kernels`.
+        allow_operations: under `portable`, operations (``aten::cumsum``) that keep torch's kernels although nothing
+            vouches for their bits.
         emulate: whether ``pool`` may name emulated types; default: what ``EASYSCALE_EMULATE`` says.
 
     Raises:
@@ -239,6 +243,7 @@ class DeterminismCallback(Callback):
         threads: int | None = None,
         pool: Sequence[str] | None = None,
         emulate: bool | None = None,
+        allow_operations: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._level = determinism.Level.parse(level)
@@ -246,12 +251,14 @@ class DeterminismCallback(Callback):
             raise ValueError(f"`threads={threads}` cannot compute anything. HINT: give at least 1, or leave it out.")
         self._threads = threads
         self._record: dict[str, Any] | None = None  # of the flags while they are in force
-        self._replacements: AbstractContextManager[None] | None = None
+        self._replacements: AbstractContextManager[None] | None = None  # of kernels or of the paths to them
         if self._level.heterogeneous and not pool:
             raise ValueError(f'`level="{level}"` needs `pool`. HINT: list every device type the job may ever run on.')
         if pool and not self._level.heterogeneous:
             raise ValueError(f'`pool` has no meaning under `level="{level}"`. HINT: leave it out, or choose "D1+D2".')
-        if pool:
+        self._policy = devices.d2_policy(pool, emulate=emulate) if pool else "pinned"
+        self._kernels = PortableKernels(allow_operations) if self._policy == "portable" else None
+        if pool and self._policy == "pinned":
             environment = devices.pinned_environment(list(pool), emulate=emulate)
             devices.ensure_environment(environment, why=f"{level} pins the instruction set of its pool")
 
@@ -260,10 +267,15 @@ class DeterminismCallback(Callback):
         self._restore()
         device_type = trainer.strategy.root_device.type
         threads = self._threads or determinism.default_threads(trainer.world_size)
-        self._record = determinism.apply(self._level, threads=threads, device_type=device_type)
-        if device_type == "cuda":
+        self._record = determinism.apply(self._level, threads=threads, device_type=device_type, policy=self._policy)
+        if self._kernels is not None:
+            self._replacements = kernels.common_paths()
+        elif device_type == "cuda":
             self._replacements = determinism.deterministic_replacements()
+        if self._replacements is not None:
             self._replacements.__enter__()
+        if self._kernels is not None:
+            self._kernels.setup(trainer, pl_module, stage)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the flags back."""
@@ -274,6 +286,8 @@ class DeterminismCallback(Callback):
         self._restore()
 
     def _restore(self) -> None:
+        if self._kernels is not None:
+            self._kernels.leave()
         if self._replacements is not None:
             self._replacements.__exit__(None, None, None)
             self._replacements = None

@@ -26,11 +26,13 @@ import torch
 KEY = "easyscale"
 FORMAT = 1
 
-_ALWAYS = ("num_ests", "level", "pool", "reduction", "threads_per_est")
+_ALWAYS = ("num_ests", "level", "pool", "kernels", "reduction", "threads_per_est")
 _HINTS = {
     "num_ests": "`num_ests` is part of the job: resume with the same, or start a new job from the weights only",
     "level": "resume at the same level, or start a new job from the weights only",
     "pool": "the pool of device types is fixed when a job starts: pass `pool={saved}` and run on its types",
+    "kernels": "the policy of D2 and the version of its format are fixed when a job starts: resume with the same `pool`"
+    " and version of this package, or start a new job from the weights only",
     "reduction": "pass `reduction={saved!r}`, or start a new job from the weights only",
     "threads_per_est": "thread counts change bits: pass `threads_per_est={saved}`",
 }
@@ -52,6 +54,7 @@ class JobIdentity:
         pool: device types of the job under D2, else empty.
         reduction: ``"ddp"``, ``"tree"`` or ``"native"``.
         threads_per_est: CPU threads per EST.
+        kernels: how D2 is kept, ``"pinned"`` or ``"portable"`` with the version of its format; empty without D2.
     """
 
     num_ests: int
@@ -59,6 +62,7 @@ class JobIdentity:
     pool: tuple[str, ...]
     reduction: str
     threads_per_est: int
+    kernels: str = ""
 
     def to_state(self) -> dict[str, Any]:
         """Plain containers."""
@@ -93,10 +97,11 @@ def check_resumable(
         )
     saved, now = entry["job"], identity.to_state()
     for field in _ALWAYS:
-        if saved[field] != now[field]:
+        before = saved.get(field, "")  # a checkpoint from before a field was recorded
+        if before != now[field]:
             raise CheckpointError(
-                f"the checkpoint was trained with `{field}={saved[field]!r}`, this job has `{field}={now[field]!r}`."
-                f" HINT: {_HINTS[field].format(saved=saved[field])}."
+                f"the checkpoint was trained with `{field}={before!r}`, this job has `{field}={now[field]!r}`."
+                f" HINT: {_HINTS[field].format(saved=before)}."
             )
     warnings = []
     strict = identity.level != "D0"

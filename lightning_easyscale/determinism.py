@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 FORMAT_VERSION = 1
 """Version of the arithmetic this package fixes: a change that alters bits raises it."""
@@ -108,27 +109,28 @@ def default_threads(num_ests: int, cpu_count: int | None = None) -> int:
     return max(1, cpu_count // num_ests)
 
 
-def apply(level: Level, *, threads: int, device_type: str) -> dict[str, Any]:
+def apply(level: Level, *, threads: int, device_type: str, policy: str = "pinned") -> dict[str, Any]:
     """Set the flags of a level in this process.
 
     Args:
         level: the level of the job.
         threads: threads per EST.
         device_type: "cpu" or "cuda".
+        policy: how D2 is kept (`devices.d2_policy`); its kernels are put in force by `kernels.portable`.
 
     Returns:
         The level and all flags as they are now, and under "previous" as they were; plain values.
 
     Raises:
         ValueError: if `threads` is not positive, or the environment has a cuBLAS workspace that is not deterministic.
-        NotImplementedError: for D2 on CUDA.
+        ValueError: for D2 with pinned instruction sets on CUDA.
     """
     if threads < 1:
         raise ValueError(f"`threads_per_est={threads}` is no number of threads. HINT: use at least 1.")
-    if level.heterogeneous and device_type == "cuda":
-        raise NotImplementedError(
-            f"`determinism={str(level)!r}` is not available on CUDA devices: their stock kernels give other bits on"
-            " other types. HINT: use 'D1' on CUDA, or D2 with a pool of CPU types."
+    if level.heterogeneous and device_type == "cuda" and policy != "portable":
+        raise ValueError(
+            f"`determinism={str(level)!r}` with the policy {policy!r} cannot run on CUDA devices, whose stock kernels"
+            " give other bits on other types. HINT: name the CUDA device's type in `pool`, which selects 'portable'."
         )
     previous = _flags()
     wanted: dict[str, Any] = {
@@ -153,6 +155,35 @@ def apply(level: Level, *, threads: int, device_type: str) -> dict[str, Any]:
 def restore(record: Mapping[str, Any]) -> None:
     """Put the flags back to what they were before the `apply` that returned `record`."""
     _set_flags(record["previous"])
+
+
+def audit(model: Any, batch: Any) -> dict[str, tuple[int, str]]:
+    """Which operations a model calls in one forward and backward pass, and how D2's `portable` policy computes each.
+
+    Args:
+        model: called with the batch: with its items if it is a tuple or list. The gradient of the sum of all
+            floating-point results is taken; gradients of parameters are put back.
+        batch: input of the model.
+
+    Returns:
+        For each operation (``aten::mm``) the number of calls and ``"exact"`` (torch's kernel, at most one rounding per
+        element), ``"format"`` (a kernel of the format) or ``""`` (refused, unless it is allowed by name).
+    """
+    from . import kernels
+
+    def step() -> None:
+        results = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        floating = [r for r in tree_leaves(results) if isinstance(r, torch.Tensor) and r.requires_grad]
+        if floating:
+            torch.stack([r.sum() for r in floating]).sum().backward()
+
+    parameters = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    gradients = [p.grad for p in parameters]
+    try:
+        return kernels.audit(step)
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager

@@ -40,6 +40,7 @@ __all__ = [
     "DeviceType",
     "apply_environment",
     "available_types",
+    "d2_policy",
     "cpu_identity",
     "detect",
     "device_type",
@@ -54,6 +55,8 @@ __all__ = [
 EMULATE_VARIABLE = "EASYSCALE_EMULATE"
 """Set to 1 to allow emulated device types where `emulate` is not given."""
 
+# Short names as `_short_name` makes them: h100, rtx3090, a100-114sm.
+_GPU_NAME = re.compile(r"[a-z]{1,5}\d{1,4}[a-z]{0,3}(-\d+sm)?")
 DevicesInput = int | str | Mapping[str, int] | Sequence[str]
 
 
@@ -181,6 +184,32 @@ def parse_devices(devices: DevicesInput, *, emulate: bool | None = None) -> tupl
     return tuple(names)
 
 
+def d2_policy(pool: Sequence[str], *, emulate: bool | None = None) -> Literal["pinned", "portable"]:
+    """How D2 is kept for a pool: ``"pinned"`` for CPU types alone, ``"portable"`` as soon as it has a CUDA type.
+
+    A job's executors run on different machines, so a name may be that of a GPU this machine does not have; one type of
+    the pool has to be here.
+
+    Args:
+        pool: names of all types the job may ever use.
+        emulate: as in `device_type`.
+
+    Raises:
+        ValueError: if the pool is empty, none of its types is on this machine, or a name can be no device type.
+        RuntimeError: if a type would be emulated and this machine cannot, with the reason.
+    """
+    if not pool:
+        raise ValueError("`pool=()` names no device type. HINT: list every type the job may ever run on.")
+    names = list(dict.fromkeys(pool))
+    here = available_types(emulate)
+    elsewhere = [name for name in names if name not in here]
+    if elsewhere and (len(elsewhere) == len(names) or not all(_GPU_NAME.fullmatch(name) for name in elsewhere)):
+        unknown = [name for name in elsewhere if not _GPU_NAME.fullmatch(name)] or elsewhere
+        device_type(unknown[0], emulate=emulate)  # raises, and says what is here
+    kinds = {device_type(name, emulate=emulate).kind for name in names if name in here}
+    return "portable" if elsewhere or "cuda" in kinds else "pinned"
+
+
 def pinned_environment(pool: Sequence[str], *, emulate: bool | None = None) -> dict[str, str]:
     """The `pinned` D2 policy: one environment for every executor and stage of a job that may use the types of `pool`.
 
@@ -200,8 +229,8 @@ def pinned_environment(pool: Sequence[str], *, emulate: bool | None = None) -> d
     cuda = [t.name for t in types if t.kind == "cuda"]
     if cuda:
         raise ValueError(
-            f"`pool={list(pool)}` has CUDA devices ({', '.join(cuda)}): D2 is not available for them, because pinning"
-            ' instruction sets reaches CPU kernels only. HINT: use `determinism="D1"` on GPUs, or a pool of CPU types.'
+            f"`pool={list(pool)}` has CUDA devices ({', '.join(cuda)}), and pinning instruction sets reaches CPU"
+            " kernels only. HINT: such a pool has the policy `portable` (`d2_policy`)."
         )
     return pinned_cpu_environment([t.name for t in types])
 

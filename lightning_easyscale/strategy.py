@@ -8,7 +8,8 @@ placement, only the lead EST's optimizers step, and checkpoints hold every EST's
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal
@@ -22,11 +23,12 @@ from torch.distributed.constants import default_pg_timeout
 
 from . import _lightning as pl
 from . import determinism as det
+from . import kernels
 from .accelerator import device_types_of, devices_for_workers
 from .checkpoint import JobIdentity, seal
 from .checkpointing import Checkpointing, EasyScaleCheckpointIO
 from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightning
-from .devices import DeviceType, pinned_environment
+from .devices import DeviceType, d2_policy, pinned_environment
 from .elastic.events import EVENTS_VARIABLE, report, report_step
 from .elastic.notice import StopNotice
 from .elastic.spare import mark_finished
@@ -34,6 +36,7 @@ from .environment import ensure_environment
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
 from .model_strategy import ModelStrategy
 from .placement import Placement
+from .portability import PortableKernels
 from .runtime.peers import connect
 from .seed import agree_on_seed
 from .session import Session
@@ -66,6 +69,8 @@ class EasyScaleStrategy(ModelStrategy):
         static_graph: see there.
         broadcast_buffers: see there.
         allow: fields of the fingerprint (``"torch"``, ``"cuda"``, ...) in which a checkpoint may differ on resume.
+        allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels although
+            nothing vouches for their bits.
         elastic_dir: folder of an elastic run; default: the environment variable ``EASYSCALE_ELASTIC_DIR``. A stop
             signal saves into its ``checkpoints/``, and `fit` starts from the newest good checkpoint there, whatever
             `ckpt_path` says.
@@ -99,6 +104,7 @@ class EasyScaleStrategy(ModelStrategy):
         static_graph: bool = False,
         broadcast_buffers: bool = True,
         allow: Sequence[str] = (),
+        allow_operations: Sequence[str] = (),
         elastic_dir: str | os.PathLike[str] | None = None,
         snapshot_every_n_steps: int | None = None,
     ) -> None:
@@ -123,6 +129,7 @@ class EasyScaleStrategy(ModelStrategy):
         self._num_ests = num_ests
         self._has_stepped = False
         self._reduction = reduction
+        self._allow_operations = tuple(allow_operations)
         self._pool = tuple(pool) if pool is not None else None
         self._threads = threads_per_est
         self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
@@ -216,18 +223,26 @@ class EasyScaleStrategy(ModelStrategy):
         return self._pool or tuple(dict.fromkeys(t.name for t in self.device_types))
 
     @cached_property
+    def policy(self) -> str:
+        """How D2 is kept, ``"pinned"`` or ``"portable"``."""
+        emulated = any(t.emulated for t in self.device_types)
+        return d2_policy(self.pool, emulate=emulated or None) if self.level.heterogeneous else "pinned"
+
+    @cached_property
     def type_environments(self) -> dict[int, dict[str, str]]:
         """The environment that each executor of this host has to start with."""
         emulated = any(t.emulated for t in self.device_types)
         if self.level.heterogeneous:
+            # The executors of a portable job keep their own instruction sets.
             outside = sorted({t.name for t in self.device_types} - set(self.pool))
             if outside:
                 raise ValueError(
                     f"the device type `{outside[0]}` is not in `pool={list(self.pool)}`, for which level {self.level}"
                     " promises equal bits. HINT: run on types of the pool; a job's pool never grows."
                 )
-            pinned = pinned_environment(self.pool, emulate=emulated or None)
-            return dict.fromkeys(self.topology.local_executors, pinned)
+            if self.policy == "pinned":
+                pinned = pinned_environment(self.pool, emulate=emulated or None)
+                return dict.fromkeys(self.topology.local_executors, pinned)
         types, local = self.device_types, self.topology.local_executors
         return {e: dict(types[min(e - local[0], len(types) - 1)].environment) for e in local}
 
@@ -298,39 +313,63 @@ class EasyScaleStrategy(ModelStrategy):
             kwargs: its keyword arguments.
             notice: of stop signals, in a `fit`.
         """
-        self.determinism_record = det.apply(self.level, threads=self.threads_per_est, device_type=self.root_device.type)
-        if self.session is None:
-            backend = self._backend_between_executors or ("nccl" if self.root_device.type == "cuda" else "gloo")
-            os.environ.setdefault("MASTER_ADDR", self.virtual_environment.main_address)
-            os.environ.setdefault("MASTER_PORT", str(self.virtual_environment.main_port))
-            timeout = self._timeout or default_pg_timeout
-            check_module(trainer.lightning_module)
-            peers = connect(self.executor_index, self.placement.num_executors, backend=backend, timeout=timeout)
-            agree_on_seed(peers)
-            self.session = Session(
-                self,
-                self.placement,
-                peers,
-                reduction=self.resolved_reduction,
-                device=self.root_device,
-                timeout=timeout.total_seconds(),
-            )
-            split = " + ".join(str(c) for c in self.placement.ests_per_executor)
-            rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
-            if self.executor_index == 0:
-                report("formed", num_ests=self.num_ests, placement=list(self.placement.ests_per_executor))
-        if trainer.state.fn != TrainerFn.FITTING:
-            return self.session.run(trainer, function, args, kwargs)
-        if notice is not None:
-            notice.ask(self.session.request_stop)
-        args, kwargs = self.boundaries.prepare(trainer, function, args, kwargs)
-        result = self.session.run(trainer, function, args, kwargs)
-        self.boundaries.finish()
+        self.determinism_record = det.apply(
+            self.level, threads=self.threads_per_est, device_type=self.root_device.type, policy=self.policy
+        )
+        with self._arithmetic(trainer):
+            if self.session is None:
+                self.session = self._connect(trainer)
+            if trainer.state.fn != TrainerFn.FITTING:
+                return self.session.run(trainer, function, args, kwargs)
+            if notice is not None:
+                notice.ask(self.session.request_stop)
+            args, kwargs = self.boundaries.prepare(trainer, function, args, kwargs)
+            result = self.session.run(trainer, function, args, kwargs)
+            self.boundaries.finish()
         if self.executor_index == 0:
             report("trained")
             if self.boundaries.elastic_dir is not None:
                 mark_finished(self.boundaries.elastic_dir)
         return result
+
+    def _connect(self, trainer: Any) -> Session:
+        """Meet the other executors; arithmetic is in force already, because a session remembers torch's switches."""
+        backend = self._backend_between_executors or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        os.environ.setdefault("MASTER_ADDR", self.virtual_environment.main_address)
+        os.environ.setdefault("MASTER_PORT", str(self.virtual_environment.main_port))
+        timeout = self._timeout or default_pg_timeout
+        check_module(trainer.lightning_module)
+        peers = connect(self.executor_index, self.placement.num_executors, backend=backend, timeout=timeout)
+        agree_on_seed(peers)
+        session = Session(
+            self,
+            self.placement,
+            peers,
+            reduction=self.resolved_reduction,
+            device=self.root_device,
+            timeout=timeout.total_seconds(),
+        )
+        split = " + ".join(str(c) for c in self.placement.ests_per_executor)
+        rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
+        if self.executor_index == 0:
+            report("formed", num_ests=self.num_ests, placement=list(self.placement.ests_per_executor))
+        return session
+
+    @contextmanager
+    def _arithmetic(self, trainer: Any) -> Iterator[None]:
+        """D2's `portable` kernels for one trainer function: each EST's clone of a callback puts them in force."""
+        if self.policy != "portable":
+            yield
+            return
+        callback = next((c for c in trainer.callbacks if isinstance(c, PortableKernels)), None)
+        if callback is None:
+            callback = PortableKernels(self._allow_operations)
+            trainer.callbacks.insert(0, callback)
+        try:
+            with kernels.common_paths():
+                yield
+        finally:
+            callback.leave()
 
     @property
     def stop_agreed(self) -> bool:
@@ -381,7 +420,14 @@ class EasyScaleStrategy(ModelStrategy):
             pool=tuple(sorted(self.pool)) if self.level.heterogeneous else (),
             reduction=self.resolved_reduction,
             threads_per_est=self.threads_per_est,
+            kernels=self._kernels,
         )
+
+    @property
+    def _kernels(self) -> str:
+        if not self.level.heterogeneous:
+            return ""
+        return f"portable {kernels.FORMAT_VERSION}" if self.policy == "portable" else "pinned"
 
     def est_state(self) -> ESTState:
         """What this EST saves and restores beyond a Lightning checkpoint."""

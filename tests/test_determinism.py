@@ -77,7 +77,7 @@ def test_a_users_deterministic_workspace_is_kept_and_another_refused(monkeypatch
 
 def test_bad_levels_and_threads_set_nothing():
     threads = torch.get_num_threads()
-    with pytest.raises(NotImplementedError, match=r"`determinism='D1\+D2'` is not available on CUDA"):
+    with pytest.raises(ValueError, match=r"`determinism='D1\+D2'` with the policy 'pinned' cannot run on CUDA"):
         apply(Level.parse("D2"), threads=1, device_type="cuda")
     with pytest.raises(ValueError, match="`threads_per_est=0`"):
         apply(Level.parse("D1"), threads=0, device_type="cpu")

@@ -12,6 +12,7 @@ from lightning_easyscale.devices import (
     apply_environment,
     available_types,
     cpu_identity,
+    d2_policy,
     detect,
     device_type,
     environment_of,
@@ -200,11 +201,34 @@ def test_pinned_is_the_environment_of_the_slowest_type_on_every_host(monkeypatch
     assert set(pinned) == {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"}
 
 
+@pytest.mark.usefixtures("no_gpus")
+@pytest.mark.parametrize(
+    ("pool", "emulate", "policy"),
+    [
+        (["cpu"], False, "pinned"),
+        (["v100", "p100"], True, "pinned"),
+        (["cpu", "h100"], False, "portable"),
+        (["rtx3090", "cpu", "a100-114sm"], False, "portable"),
+    ],
+)
+def test_a_gpu_in_the_pool_makes_d2_portable(pool, emulate, policy):
+    assert d2_policy(pool, emulate=emulate) == policy
+
+
+@pytest.mark.usefixtures("no_gpus")
+@pytest.mark.parametrize(("pool", "named"), [(["v100", "p100"], "v100"), (["h100"], "h100"), (["cpu", "gpu"], "gpu")])
+def test_a_pool_of_which_nothing_is_here_or_which_names_no_type_is_refused(pool, named):
+    with pytest.raises(ValueError, match=f"Device type `{named}` is not on this machine"):
+        d2_policy(pool, emulate=False)
+    with pytest.raises(ValueError, match=r"`pool=\(\)`"):
+        d2_policy([])
+
+
 def test_pinned_refuses_what_it_cannot_pin(monkeypatch):
     with pytest.raises(ValueError, match=r"`pool=\(\)` names no device type"):
         pinned_environment([])
     use_gpus(monkeypatch, H100)
-    with pytest.raises(ValueError, match=r"`pool=\['h100'\]` has CUDA devices \(h100\): D2 is not available"):
+    with pytest.raises(ValueError, match=r"`pool=\['h100'\]` has CUDA devices \(h100\), and pinning instruction sets"):
         pinned_environment(["h100"], emulate=False)
 
 

@@ -96,6 +96,7 @@ GLUE = {
     "callbacks.py",
     "rebalance.py",
     "checkpointing.py",
+    "portability.py",
     "seed.py",
     "snapshot.py",
     "topology.py",

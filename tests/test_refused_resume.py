@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,17 @@ def test_under_d2_the_pool_speaks_for_the_devices() -> None:
     assert ckpt.check_resumable(entry, job, {"torch": "2", "cpu": "b", "cpu_capability": "y"}) == []
     with pytest.raises(CheckpointError, match="`torch` was '2' and is '3'"):
         ckpt.check_resumable(entry, job, {"torch": "3", "cpu": "a", "cpu_capability": "x"})
+
+
+@pytest.mark.parametrize("now", ["pinned", "portable 2"])
+def test_under_d2_policy_and_format_never_change(now: str) -> None:
+    job = ckpt.JobIdentity(2, "D1+D2", ("cpu", "h100"), "ddp", 1, kernels="portable 1")
+    entry = {"format": ckpt.FORMAT, "job": job.to_state(), "fingerprint": {}}
+    assert ckpt.check_resumable(entry, job, {}) == []
+    with pytest.raises(
+        CheckpointError, match=rf"`kernels='portable 1'`, this job has `kernels='{now}'`.* HINT: resume"
+    ):
+        ckpt.check_resumable(entry, replace(job, kernels=now), {})
 
 
 UNRESUMABLE: dict[str, tuple[Callable[[], Any], str]] = {

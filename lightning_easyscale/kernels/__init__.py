@@ -42,9 +42,17 @@ The policy is in force inside `portable`. Operations that are neither of the for
 
 from __future__ import annotations
 
-from .mode import PortableMode, UnvettedOperationError, audit, how_covered, portable
+from .mode import PortableMode, UnvettedOperationError, audit, common_paths, how_covered, portable
 
-__all__ = ["FORMAT_VERSION", "PortableMode", "UnvettedOperationError", "audit", "how_covered", "portable"]
+__all__ = [
+    "FORMAT_VERSION",
+    "PortableMode",
+    "UnvettedOperationError",
+    "audit",
+    "common_paths",
+    "how_covered",
+    "portable",
+]
 
 FORMAT_VERSION = 1
 """Version of the format: a change that alters bits raises it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -179,13 +179,12 @@ def portable(*, allow: Iterable[str] = ()) -> Iterator[PortableMode]:
     Attention is computed by its composed form and normalization by torch's own path, so that every device calls the
     same operations.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_common_paths())
-        yield stack.enter_context(PortableMode(allow=allow))
+    with common_paths(), PortableMode(allow=allow) as mode:
+        yield mode
 
 
 @contextmanager
-def _common_paths() -> Iterator[None]:
+def common_paths() -> Iterator[None]:
     """Process-wide switches under which CPU and CUDA call the same operations."""
     cuda, mha = torch.backends.cuda, torch.backends.mha
     switches: list[tuple[Callable[[bool], None], bool, bool]] = [
@@ -206,7 +205,7 @@ def _common_paths() -> Iterator[None]:
         for switch, before, _ in switches:
             switch(before)
         torch.backends.cudnn.enabled = cudnn
-        torch.backends.mkldnn.enabled = mkldnn
+        torch.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
 
 
 def audit(function: Callable[[], Any]) -> dict[str, tuple[int, str]]:
@@ -217,6 +216,6 @@ def audit(function: Callable[[], Any]) -> dict[str, tuple[int, str]]:
         ``"format"`` (a kernel of the format) or ``""`` (refused under the policy).
     """
     mode = PortableMode(audit=True)
-    with _common_paths(), mode:
+    with common_paths(), mode:
         function()
     return {name: (calls, how_covered(name)) for name, calls in sorted(mode.seen.items())}

@@ -77,13 +77,15 @@ class Runs:
             self._zygote.stdout.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def reference(self, build: str, config: dict[str, Any], num_ests: int, reduction: str = "ddp") -> Outcome:
+    def reference(
+        self, build: str, config: dict[str, Any], num_ests: int, reduction: str = "ddp", **options: Any
+    ) -> Outcome:
         """The stock run; made once per session."""
         order = "tree" if reduction == "tree" else "ddp"
-        key = build, repr(sorted(config.items())), num_ests, order
+        key = build, repr(sorted(config.items())), num_ests, order, repr(options)
         if key not in self._kept:
             self._kept[key] = self._run(
-                Task(build, config, "", num_ests, index=0, port=0, reduction=order), processes=num_ests
+                Task(build, config, "", num_ests, index=0, port=0, reduction=order, **options), processes=num_ests
             )
         return self._kept[key]
 

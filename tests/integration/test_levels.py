@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_easyscale.devices import device_type
+from lightning_easyscale.kernels import build
 
 from .harness import Outcome, RunFailedError, Runs, compare
 
@@ -50,6 +51,22 @@ def test_d1_differs_across_emulated_types_and_not_within_one(fresh_runs: Any) ->
     assert there.error is None
     compare(there, other.easyscale(WIDE, {}, (3,)))
     assert differ(here, there)
+
+
+PORTABLE = {"pool": ["cpu", "h100"]}
+
+
+@pytest.mark.skipif(bool(build.why_unavailable()), reason=build.why_unavailable() or "available")
+@pytest.mark.parametrize("placement", [(3,), (2, 1)])
+def test_d2_with_a_gpu_in_the_pool_equals_stock_ddp_under_the_same_kernels(
+    runs: Runs, placement: tuple[int, ...]
+) -> None:
+    name = "tests.integration.scenarios.levels:portable_job"
+    reference = runs.reference(name, {}, 3, determinism={"level": "D2", **PORTABLE})
+    assert reference.error is None, reference.error
+    compare(reference, runs.easyscale(name, {}, placement, strategy={"determinism": "D2", **PORTABLE}))
+    if placement == (3,):
+        assert differ(reference, runs.reference(name, {}, 3))
 
 
 @pytest.mark.parametrize("order", ["ddp", "tree"])

@@ -45,6 +45,7 @@ class Task:
         resume: the checkpoint to start from.
         watch: whether the state is noted after every step.
         environment: more variables.
+        determinism: what a stock run's `DeterminismCallback` gets.
         strategy: more arguments of the strategy.
         faults: what happens to the run.
     """
@@ -62,6 +63,7 @@ class Task:
     resume: str | None = None
     watch: bool = True
     environment: dict[str, str] = field(default_factory=dict)
+    determinism: dict[str, Any] = field(default_factory=lambda: {"level": "D1"})
     faults: tuple[Fault, ...] = ()
     strategy: dict[str, Any] = field(default_factory=dict)
 
@@ -190,7 +192,7 @@ def run(task: Task) -> None:
         # Without checkpoints Lightning takes no `Checkpoint`, and keeps the order in which callbacks are given.
         plain = arguments.get("barebones") or arguments.get("enable_checkpointing") is False
         watch = Watch(task) if plain else WatchLast(task)
-        first: list[Callback] = [DeterminismCallback("D1", threads=1)] if task.placement is None else []
+        first: list[Callback] = [DeterminismCallback(threads=1, **task.determinism)] if task.placement is None else []
         first += inject(task.faults)
         return Trainer(**{**defaults, **arguments}, callbacks=[*first, *callbacks, watch])
 

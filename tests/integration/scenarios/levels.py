@@ -17,6 +17,23 @@ def wide_job(config: dict[str, Any], root: Path) -> Script:
     return Script(Model(width=256), train_data(n=96, batch_size=16), {"max_epochs": 2})
 
 
+class Digits(Model):
+    """What the demo trains, but small: convolutions, BatchNorm, pooling, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Unflatten(1, (1, 2, 3)), nn.Upsample(scale_factor=4), nn.Conv2d(1, 4, 3, padding=1)),
+            *(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.25), nn.Linear(96, 3)),
+        )
+
+
+def portable_job(config: dict[str, Any], root: Path) -> Script:
+    """Draws random numbers in the data and in the model; validates; clips."""
+    trainer = {"max_epochs": 2, "limit_train_batches": 3, "gradient_clip_val": 0.5}
+    return Script(Digits(), train_data(n=36, noise=True), trainer)
+
+
 class Large(Model):
     """One matrix of more than nine million elements, of which the loss reaches all."""
 

@@ -1,0 +1,106 @@
+"""The portable policy in force: what it computes, what it refuses, what it reports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_easyscale import determinism
+from lightning_easyscale.kernels import UnvettedOperationError, build, how_covered, portable
+from lightning_easyscale.kernels.registry import EXACT, REPLACED
+
+from .training import convolutional, transformer
+
+needs_compiler = pytest.mark.skipif(bool(build.why_unavailable()), reason=build.why_unavailable() or "available")
+
+
+def test_an_operation_that_nobody_vouches_for_is_refused_by_name_unless_it_is_allowed():
+    x = torch.rand(5, 5)
+    with portable(), pytest.raises(UnvettedOperationError, match=r"`aten::cumsum` .* `allow=\['aten::cumsum'\]`"):
+        x.cumsum(0)
+    with portable(allow=["aten::cumsum"]):
+        assert torch.equal(x.cumsum(0), x.cumsum(0))
+    with portable():
+        assert torch.arange(4).cumsum(0).tolist() == [0, 1, 3, 6]  # whole numbers are exact in any order
+
+
+def test_double_precision_is_refused_where_the_format_has_no_kernel():
+    x = torch.rand(3, 3, dtype=torch.float64)
+    with portable(), pytest.raises(NotImplementedError, match=r"`aten::mm` was called on float64"):
+        x @ x
+
+
+@pytest.mark.parametrize("name", sorted(EXACT | set(REPLACED)))
+def test_the_vetted_list_names_operations_that_exist(name):
+    single = name.removeprefix("aten::")
+    assert hasattr(torch.ops.aten, single) or hasattr(torch.ops.aten, single + "_"), name
+
+
+def test_no_operation_is_both_exact_and_of_the_format():
+    assert not EXACT & set(REPLACED)
+
+
+@needs_compiler
+def test_the_mode_leaves_switches_and_other_threads_as_they_were():
+    cudnn, flash = torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()
+    a, b = torch.rand(40, 300), torch.rand(300, 40)
+    seen = []
+    with portable():
+        mine = a @ b
+        thread = threading.Thread(target=lambda: seen.append(a @ b))
+        thread.start()
+        thread.join()
+    assert (torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled()) == (cudnn, flash)
+    assert torch.equal(seen[0], a @ b)
+    assert not torch.equal(mine, seen[0])
+
+
+@needs_compiler
+def test_dropout_of_the_cpu_and_of_cuda_are_one():
+    # CUDA calls `native_dropout`, the CPU composes it of other operations.
+    x = torch.randn(1000, requires_grad=True)
+    with portable():
+        torch.manual_seed(3)
+        composed = nn.functional.dropout(x, 0.3)
+        torch.manual_seed(3)
+        native, _ = torch.native_dropout(x, 0.3, True)
+        assert torch.equal(composed, native)
+        assert torch.equal(*(torch.autograd.grad((y * 3).sum(), x)[0] for y in (composed, native)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("model", [convolutional, transformer])
+def test_an_audit_lists_what_a_model_calls_and_how_it_is_covered(model):
+    net, batch = model()
+    found = determinism.audit(net, batch)
+    assert found["aten::addmm"][1] == "format"
+    assert found["aten::view"][1] == "exact"
+    assert all(covered for _, covered in found.values())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_an_audit_shows_what_would_be_refused():
+    assert determinism.audit(lambda x: x.cumsum(0), torch.rand(3)) == {"aten::cumsum": (1, "")}
+    assert how_covered("aten::_foreach_addcmul_") == "format"
+    assert how_covered("aten::_fused_adam_") == ""
+
+
+def test_without_a_compiler_the_refusal_names_the_cure(tmp_path):
+    code = "from lightning_easyscale.kernels import build; build.load(build.default_width())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={"CXX": "/nowhere", "PATH": "", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert "cannot run here" in done.stderr
+    assert "HINT" in done.stderr
