@@ -235,7 +235,7 @@ def test_under_d2_policy_and_format_never_change(now: str) -> None:
     entry = {"format": ckpt.FORMAT, "job": job.to_state(), "fingerprint": {}}
     assert ckpt.check_resumable(entry, job, {}) == []
     with pytest.raises(
-        CheckpointError, match=rf"`kernels='portable 1'`, this job has `kernels='{now}'`.* HINT: resume"
+        CheckpointError, match=rf"`kernels='portable 1'`, this job has `kernels='{now}'`.* HINT: the policy"
     ):
         ckpt.check_resumable(entry, replace(job, kernels=now), {})
 
