@@ -473,15 +473,15 @@ class EasyScaleStrategy(ModelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell a supervisor what has failed."""
-        module = self.lightning_module
-        report(
-            "exception",
-            executor=self.executor_index,
-            rank=self.global_rank,
-            type=type(exception).__name__,
-            message=str(exception),
-            step=module.trainer.global_step if module is not None else 0,
-        )
+        if self.session is not None and self.lightning_module is not None:  # a spare has neither
+            report(
+                "exception",
+                executor=self.executor_index,
+                rank=self.global_rank,
+                type=type(exception).__name__,
+                message=str(exception),
+                step=self.lightning_module.trainer.global_step,
+            )
         super().on_exception(exception)
 
     def on_train_start(self) -> None:

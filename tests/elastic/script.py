@@ -1,6 +1,7 @@
 """A training script as a user would write it: nothing in it knows of elasticity.
 
-It keeps a run record and ends with ``result.json``; ``--delay`` makes a step last long enough to be disturbed.
+It keeps a run record and ends with ``result.json``; ``--delay`` makes a step last long enough to be disturbed, until
+the file ``--hurry`` is there.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from tests.launch.job import Classifier, loader, make_trainer, state_digest
 
 
 class Slow(Classifier):
-    def __init__(self, delay: float) -> None:
+    def __init__(self, delay: float, hurry: Path | None) -> None:
         super().__init__()
-        self.delay = delay
+        self.delay, self.hurry = delay, hurry
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.global_rank == 0:
+        if self.global_rank == 0 and not (self.hurry is not None and self.hurry.exists()):
             time.sleep(self.delay)
         return super().training_step(batch, batch_idx)
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--hurry", type=Path)
     arguments = parser.parse_args()
     pl.seed_everything(11, verbose=False)
     trainer = make_trainer(
@@ -45,7 +47,7 @@ def main() -> None:
         max_epochs=arguments.epochs,
         callbacks=[RunRecord(arguments.out / "record", flush_every_n_steps=1)],
     )
-    module = Slow(arguments.delay)
+    module = Slow(arguments.delay, arguments.hurry)
     trainer.fit(module, loader(arguments.samples), loader(shuffle=False))
     if trainer.global_rank == 0:
         result = {"state": state_digest(trainer), "step": trainer.global_step}
