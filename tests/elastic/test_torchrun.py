@@ -49,8 +49,8 @@ def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
 
-def test_an_agent_joins_and_another_is_killed(tmp_path: Path) -> None:
-    """One agent trains 2 ESTs; two more join, one as a spare; the second is killed and the spare takes its place."""
+def test_agents_that_join_change_the_placement_and_not_the_result(tmp_path: Path) -> None:
+    """One agent trains 2 ESTs; a second joins, and a third, whose worker waits as a spare."""
     script = ["-m", "tests.elastic.script", "--num-ests", "2", "--epochs", "20"]
     (tmp_path / "alone").mkdir()
     alone = start([sys.executable, *script, "--out", str(tmp_path / "alone")], tmp_path / "alone.log")
@@ -72,10 +72,8 @@ def test_an_agent_joins_and_another_is_killed(tmp_path: Path) -> None:
             wait_for(logs[0], "2 ESTs as 2 on 1" if stage == 1 else "2 ESTs as 1 + 1 on 2", max(1, stage - 1))
             wait_for_steps(out, 2)
         assert "1 of 3 processes wait as spares for 2 ESTs" in logs[0].read_text()
-        end(agents[1])
-        wait_for(logs[0], "2 ESTs as 1 + 1 on 2", 3)
         Path(hurry).touch()
-        for process in (agents[0], agents[2]):
+        for process in agents:
             assert process.wait(300) == 0, logs[0].read_text()[-3000:]
         assert alone.wait(300) == 0
     finally:
