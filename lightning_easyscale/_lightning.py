@@ -31,6 +31,7 @@ try:
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
     from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+    from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 except ImportError as error:
     from importlib.metadata import version
@@ -51,6 +52,7 @@ __all__ = [
     "ForwardRedirection",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
+    "begin_fit",
     "continue_epoch",
     "follow_agreed_stop",
     "inside_accumulation",
@@ -310,6 +312,14 @@ def on_interrupt(trainer: Trainer, error: BaseException) -> None:
     _interrupt(trainer, error)
     trainer._teardown()
     trainer.state.stage = None
+
+
+def begin_fit(trainer: Trainer) -> None:
+    """Put `trainer` into the state in which `Trainer.fit` hands it to the launcher."""
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.state.status = TrainerStatus.RUNNING
+    trainer.training = True
+    trainer.should_stop = False
 
 
 class _AgreedStop(_SignalConnector):

@@ -33,7 +33,7 @@ from lightning_easyscale.devices import (
     environment_in_force,
     parse_devices,
 )
-from lightning_easyscale.elastic.group import DEVICES_VARIABLE
+from lightning_easyscale.elastic.membership import DEVICES_VARIABLE
 from lightning_easyscale.probe import what_does_not_differ
 
 

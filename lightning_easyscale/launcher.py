@@ -58,14 +58,15 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
         if self.strategy.topology.is_spare:
             assert self.strategy.boundaries.elastic_dir is not None
             wait_as_spare(self.strategy.boundaries.elastic_dir)
+        assert trainer is not None
         with self._listen(trainer) as notice:
             if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
                 self._start_executors(notice)
-            return self.strategy.run(trainer, function, args, kwargs, notice)
+            return self.strategy.execution.run(trainer, function, args, kwargs, notice)
 
-    def _listen(self, trainer: Trainer | None) -> AbstractContextManager[StopNotice | None]:
+    def _listen(self, trainer: Trainer) -> AbstractContextManager[StopNotice | None]:
         """Listen to stop signals while a `fit` runs."""
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return nullcontext()
         environment = self.strategy.virtual_environment.physical
         return StopNotice(stop_signals(environment), end_children=self._end_executors)
@@ -135,6 +136,6 @@ class EasyScaleSpawnLauncher(pl.MultiProcessingLauncher):
         strategy.set_world_ranks()
 
         def on_every_est(*inner: Any, **inner_kwargs: Any) -> Any:
-            return strategy.run(trainer, function, inner, inner_kwargs)
+            return strategy.execution.run(trainer, function, inner, inner_kwargs)
 
         super()._wrapping_function(process_idx, trainer, on_every_est, args, kwargs, *rest)

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from . import _lightning as pl
 from ._lightning_loops import report_boundaries
+from .elastic.events import report
 from .elastic.snapshots import SnapshotWriter
 from .placement import Placement
 from .reduction.collector import ESTDataParallel
@@ -255,6 +256,7 @@ class Session:
 
     def request_stop(self) -> None:
         """This executor was asked to stop; its ESTs tell the others at their next rendezvous."""
+        report("notice", executor=self.peers.index)
         self.executor.stop_requested = True
 
     def watching_writes(self, rank: int, on: bool) -> AbstractContextManager[None]:

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from . import _lightning_loggers as logs
 from . import _lightning_loops as loops
 from .elastic.control import FOLDER_VARIABLE
+from .elastic.events import report
 from .elastic.folder import CheckpointFolder
 from .elastic.host_copy import HostCopy
 from .elastic.notice import STOPPED
@@ -118,10 +119,14 @@ class Boundaries:
         self._begun = False
         self._start: tuple[int, int] = (0, 0)
         self._sanity_steps: int | float | None = None
-        self._training, self._validation = Pace(4), Pace(1)
+        self._forget_pace()
         self._leaves_validation = False  # a stop does, in the validation that goes on
         self._before_validation: HostCopy | None = None  # its checkpoint, on the rank that writes
         self._validation_began = 0.0
+
+    def _forget_pace(self) -> None:
+        """Executors that were there before and those that are new must meet equally often."""
+        self._training, self._validation = Pace(4), Pace(1)
         self._validation_seconds: float | None = None
 
     @property
@@ -148,7 +153,10 @@ class Boundaries:
         Raises:
             OSError: if the folder cannot be written.
         """
-        self._begun, self.resumed_before, self._start, self._sanity_steps = False, None, (0, 0), None
+        self._restore_sanity_steps()
+        self._begun, self.resumed_before, self._start = False, None, (0, 0)
+        self._leaves_validation, self._before_validation = False, None
+        self._forget_pace()
         if self.elastic_dir is None:
             return args, kwargs
         peers, found = self._session.peers, None
@@ -171,8 +179,7 @@ class Boundaries:
 
     def finish(self) -> None:
         """Called on the lead when a `fit` has ended by itself: nobody has to go on from its checkpoints."""
-        if self._sanity_steps is not None:
-            self._trainer.num_sanity_val_steps = self._sanity_steps
+        self._restore_sanity_steps()
         if self.elastic_dir is None:
             return
         if self._session.peers.index == 0:
@@ -180,6 +187,10 @@ class Boundaries:
             self._folder().clear()
         key = str(self.elastic_dir)
         self._finished[key] = self._finished.get(key, 0) + 1
+
+    def _restore_sanity_steps(self) -> None:
+        if self._sanity_steps is not None:
+            self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     def begin(self, boundary: Mapping[str, Any] | None, before: str | None) -> None:
         """Called when training starts.
@@ -287,11 +298,14 @@ class Boundaries:
         began = time.monotonic()
         step, batch = loops.position(self._trainer)
         what = "there is nothing new to save"
+        if self._strategy.is_global_zero:
+            report("agreed", step=step)
         if self._start != (step, batch):
             content = checkpoint()
             if self._strategy.is_global_zero:
                 self._session.snapshots.wait()
                 path = self._folder().commit(content, step=step, batch=batch)
+                report("saved", step=step, seconds=round(time.monotonic() - began, 3))
                 what = f"saved `{path}` in {time.monotonic() - began:.2f} s; {self._how_to_go_on(path)}"
         self._strategy.barrier("stop")
         rank_zero_info(f"EasyScale: stopped by a signal after step {step}; {what}.")

@@ -8,8 +8,7 @@ placement, only the lead EST's optimizers step, and checkpoints hold every EST's
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 
@@ -27,19 +25,14 @@ from . import kernels
 from .accelerator import device_types_of, devices_for_workers
 from .checkpoint import JobIdentity, seal
 from .checkpointing import Checkpointing, EasyScaleCheckpointIO
-from .compatibility import check_module, check_trainer, refuse_in_pytorch_lightning
+from .compatibility import check_trainer, refuse_in_pytorch_lightning
 from .devices import DeviceType, d2_policy, pinned_environment
 from .elastic.events import EVENTS_VARIABLE, report, report_step
-from .elastic.notice import StopNotice
-from .elastic.spare import mark_finished
 from .environment import ensure_environment
+from .execution import Execution
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
 from .model_strategy import ModelStrategy
 from .placement import Placement
-from .portability import PortableKernels
-from .runtime.peers import connect
-from .seed import agree_on_seed
-from .session import Session
 from .snapshot import ESTState
 from .stopping import Boundaries, shield_workers
 from .topology import Topology, find_topology, started_by_agent
@@ -129,12 +122,11 @@ class EasyScaleStrategy(ModelStrategy):
         self._num_ests = num_ests
         self._has_stepped = False
         self._reduction = reduction
-        self._allow_operations = tuple(allow_operations)
         self._pool = tuple(pool) if pool is not None else None
         self._threads = threads_per_est
         self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
-        self._backend_between_executors = process_group_backend
+        self.execution = Execution(self, process_group_backend, allow_operations)
         self.checkpointing = Checkpointing(self, allow=tuple(allow))
         self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps)
 
@@ -272,6 +264,19 @@ class EasyScaleStrategy(ModelStrategy):
         self.cluster_environment = self.topology.virtual_environment()
         pl.set_rank(self.topology.lead)
 
+    def find_place(self) -> None:
+        """Find out again who this process is and what it runs on: the executors of the job have changed."""
+        self.session, self._has_stepped = None, False
+        self.optimizers, self.lr_scheduler_configs = [], []
+        for name in ("device_types", "type_environments"):
+            self.__dict__.pop(name, None)
+        self.set_world_ranks()
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long an EST waits for the others."""
+        return self._timeout
+
     def _say_what_is_ignored(self, given: int) -> None:
         """Under an agent, the Trainer's `devices` and `num_nodes` decide nothing."""
         if not self.topology.under_agent or self.topology.executor != 0:
@@ -295,81 +300,6 @@ class EasyScaleStrategy(ModelStrategy):
             ensure_environment(environment, why=f"executor {self.executor_index} needs it for its device type")
         else:
             self._launcher = EasyScaleSpawnLauncher(self, self._start_method)
-
-    def run(
-        self,
-        trainer: Any,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        notice: StopNotice | None = None,
-    ) -> Any:
-        """Run a trainer function on every EST of this executor; the first call forms the world.
-
-        Args:
-            trainer: the trainer.
-            function: what to run.
-            args: its arguments.
-            kwargs: its keyword arguments.
-            notice: of stop signals, in a `fit`.
-        """
-        self.determinism_record = det.apply(
-            self.level, threads=self.threads_per_est, device_type=self.root_device.type, policy=self.policy
-        )
-        with self._arithmetic(trainer):
-            if self.session is None:
-                self.session = self._connect(trainer)
-            if trainer.state.fn != TrainerFn.FITTING:
-                return self.session.run(trainer, function, args, kwargs)
-            if notice is not None:
-                notice.ask(self.session.request_stop)
-            args, kwargs = self.boundaries.prepare(trainer, function, args, kwargs)
-            result = self.session.run(trainer, function, args, kwargs)
-            self.boundaries.finish()
-        if self.executor_index == 0:
-            report("trained")
-            if self.boundaries.elastic_dir is not None:
-                mark_finished(self.boundaries.elastic_dir)
-        return result
-
-    def _connect(self, trainer: Any) -> Session:
-        """Meet the other executors; arithmetic is in force already, because a session remembers torch's switches."""
-        backend = self._backend_between_executors or ("nccl" if self.root_device.type == "cuda" else "gloo")
-        os.environ.setdefault("MASTER_ADDR", self.virtual_environment.main_address)
-        os.environ.setdefault("MASTER_PORT", str(self.virtual_environment.main_port))
-        timeout = self._timeout or default_pg_timeout
-        check_module(trainer.lightning_module)
-        peers = connect(self.executor_index, self.placement.num_executors, backend=backend, timeout=timeout)
-        agree_on_seed(peers)
-        session = Session(
-            self,
-            self.placement,
-            peers,
-            reduction=self.resolved_reduction,
-            device=self.root_device,
-            timeout=timeout.total_seconds(),
-        )
-        split = " + ".join(str(c) for c in self.placement.ests_per_executor)
-        rank_zero_info(f"EasyScale: {self.num_ests} ESTs as {split} on {self.placement.num_executors} executors")
-        if self.executor_index == 0:
-            report("formed", num_ests=self.num_ests, placement=list(self.placement.ests_per_executor))
-        return session
-
-    @contextmanager
-    def _arithmetic(self, trainer: Any) -> Iterator[None]:
-        """D2's `portable` kernels for one trainer function: each EST's clone of a callback puts them in force."""
-        if self.policy != "portable":
-            yield
-            return
-        callback = next((c for c in trainer.callbacks if isinstance(c, PortableKernels)), None)
-        if callback is None:
-            callback = PortableKernels(self._allow_operations)
-            trainer.callbacks.insert(0, callback)
-        try:
-            with kernels.common_paths():
-                yield
-        finally:
-            callback.leave()
 
     @property
     def stop_agreed(self) -> bool:

@@ -106,7 +106,7 @@ GLUE = {
     "launcher.py",
     "strategy.py",
 }
-GLUE |= {"_lightning_loggers.py", "_lightning_loops.py", "stopping.py"}
+GLUE |= {"execution.py", "_lightning_loggers.py", "_lightning_loops.py", "stopping.py"}
 GLUE |= {"model_strategy.py", "optimization.py", "session.py", "virtual_environment.py"}
 
 

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--num-ests", type=int, help="logical workers, where the script does not say")
     run.add_argument("--max-restarts", type=int, default=3, help="in a row without progress (%(default)s)")
     run.add_argument("--grace", type=float, default=120.0, help="seconds to save in before a kill (%(default)s)")
+    run.add_argument("--in-place", action="store_true", help="executors whose devices stay keep their processes")
     run.add_argument("-m", dest="module", action="store_true", help="the script is a module, as in `python -m`")
     run.add_argument("script", help="the training script")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
@@ -81,6 +82,7 @@ def _run(folder: JobFolder, arguments: argparse.Namespace) -> int:
         num_ests=arguments.num_ests,
         max_restarts=arguments.max_restarts,
         grace=arguments.grace,
+        in_place=arguments.in_place,
     )
     return supervisor.run()
 

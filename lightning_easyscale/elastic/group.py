@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ from pathlib import Path
 
 from lightning_easyscale.devices import apply_environment, environment_of, parse_devices
 
-DEVICES_VARIABLE = "EASYSCALE_DEVICES"
-"""The device type of every executor of a host, in order, where the supervisor decides about types."""
+from .membership import DEVICES_VARIABLE, World
 
 _PR_SET_PDEATHSIG = 1
 _AGENT_VARIABLES = ("NODE_RANK", "EASYSCALE_EXECUTOR", DEVICES_VARIABLE)
@@ -54,6 +54,11 @@ class Devices:
         types = parse_devices(text)
         return cls(len(types), types)
 
+    def shared_with(self, other: Devices) -> list[int]:
+        """Executors that have the same place and device type in both."""
+        both = range(min(self.count, other.count))
+        return [i for i in both if self.types[i : i + 1] == other.types[i : i + 1]]
+
     def without(self, executor: int) -> Devices:
         """All but one."""
         return Devices(self.count - 1, self.types[:executor] + self.types[executor + 1 :])
@@ -71,9 +76,12 @@ class ExecutorGroup:
         command: the user's command, without the variables.
         devices: one executor each.
         variables: more variables for all of them.
-        run_id: tells the stages of all jobs apart.
+        run_id: tells the jobs apart.
+        generation: the number of their world.
         keep: descriptor that the executors inherit.
         output: file that takes what they print; None: they share this process's.
+        before: executors that run; those that have the device of one of these stay, the others are to leave.
+        grace: seconds that those who leave have for it.
     """
 
     def __init__(
@@ -83,27 +91,30 @@ class ExecutorGroup:
         *,
         variables: Mapping[str, str],
         run_id: str,
+        generation: int,
         keep: int,
         output: Path | None = None,
+        before: ExecutorGroup | None = None,
+        grace: float = 0.0,
     ) -> None:
         self.devices = devices
-        self.processes: list[subprocess.Popen[bytes]] = []
+        staying = devices.shared_with(before.devices) if before is not None else range(0)
+        self.survivors = {i: before.processes[i] for i in staying} if before is not None else {}
+        self.leavers = [] if before is None else [p for i, p in enumerate(before.processes) if i not in staying]
+        names = [
+            before.world.members[i] if before and i in staying else f"{generation}-{i}" for i in range(devices.count)
+        ]
+        run_id = f"{run_id}-{generation}"
+        self.world: World = World(generation, tuple(names), devices.types, _free_port())
+        self._deadline = time.monotonic() + grace
         base = {k: v for k, v in os.environ.items() if k not in _AGENT_VARIABLES}
-        common = {
-            **variables,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "WORLD_SIZE": str(devices.count),
-            "LOCAL_WORLD_SIZE": str(devices.count),
-            "GROUP_RANK": "0",
-            "GROUP_WORLD_SIZE": "1",
-            "TORCHELASTIC_RUN_ID": run_id,
-        }
-        if devices.types:
-            common[DEVICES_VARIABLE] = ",".join(devices.types)
+        self.processes: list[subprocess.Popen[bytes]] = []
         with output.open("ab") if output is not None else nullcontext() as log:
             for index in range(devices.count):
-                own = {**base, **common, "RANK": str(index), "LOCAL_RANK": str(index)}
+                if index in self.survivors:
+                    self.processes.append(self.survivors[index])
+                    continue
+                own = {**base, **variables, **self.world.variables(index), "TORCHELASTIC_RUN_ID": run_id}
                 if devices.types:
                     own = apply_environment(environment_of(devices.types[index]), own)
                 self.processes.append(
@@ -119,8 +130,16 @@ class ExecutorGroup:
                 )
 
     @property
+    def newcomers(self) -> list[subprocess.Popen[bytes]]:
+        """Executors that this group has started."""
+        return [p for i, p in enumerate(self.processes) if i not in self.survivors]
+
+    @property
     def codes(self) -> list[int | None]:
         """Each executor's exit code, None while it runs."""
+        for process in self.leavers:
+            if process.poll() is None and time.monotonic() > self._deadline:
+                _kill(process)
         return [process.poll() for process in self.processes]
 
     @property
@@ -134,13 +153,21 @@ class ExecutorGroup:
             if process.poll() is None:
                 process.terminate()
 
+    def end_newcomers(self) -> None:
+        """End what this group has started, and nothing else."""
+        _kill(*self.newcomers)
+
     def kill(self) -> None:
         """End every executor and whatever it has started, and wait for the executors."""
-        for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        _kill(*self.processes, *self.leavers)
+
+
+def _kill(*processes: subprocess.Popen[bytes]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.wait()
 
 
 _libc = ctypes.CDLL(None)  # found before any fork

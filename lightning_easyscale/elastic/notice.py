@@ -45,6 +45,11 @@ class StopNotice:
         self._end_children = end_children
         self._ask: Callable[[], None] | None = None
         self._previous: dict[int, Any] = {}
+        self._first: float | None = None  # when a signal came that is being answered
+
+    def renew(self) -> None:
+        """The request was answered; the next signal is a first one, and there is nobody yet to ask."""
+        self.requested = self._ask = self._first = None
 
     def ask(self, request: Callable[[], None]) -> None:
         """From now on a signal calls `request` instead of ending the process."""
@@ -95,9 +100,8 @@ class StopNotice:
             previous(number, frame)
 
     def _listen(self) -> None:
-        first: float | None = None
         while True:
-            waiting = first is not None and self.requested is None and self._ask is None
+            waiting = self._first is not None and self.requested is None and self._ask is None
             if not select.select([self._mine], [], [], _UNANSWERED_SECONDS if waiting else None)[0]:
                 self._leave(STOPPED)
             numbers = self._mine.recv(64)
@@ -106,8 +110,8 @@ class StopNotice:
             if not any(number in self._previous for number in numbers):
                 continue
             now = time.monotonic()
-            first = now if first is None else first
-            if now - first >= SAME_NOTICE_SECONDS:
+            self._first = now if self._first is None else self._first
+            if now - self._first >= SAME_NOTICE_SECONDS:
                 self._leave(128 + numbers[-1])
 
     def _leave(self, code: int) -> None:

@@ -1,8 +1,9 @@
 """Runs an elastic job on one host: starts its executors, changes their devices, restarts them after crashes.
 
-Relaunch: to change devices, every executor gets SIGTERM, the ESTs agree on a step and save, all processes end, and new
-ones continue from the checkpoint. The supervisor itself knows nothing of training. It sees processes, exit codes,
-events that executors report (`events.py`) and requests (`control.py`), all in one thread.
+To change devices, every executor gets SIGTERM, the ESTs agree on a step and save. By relaunch, all processes then end
+and new ones continue from the checkpoint; in place (`move.py`), those whose devices stay go on. The supervisor itself
+knows nothing of training. It sees processes, exit codes, events that executors report (`events.py`) and requests
+(`control.py`), all in one thread.
 
 Exit codes of `Supervisor.run`: 0 finished; `STOPPED` (75, ``EX_TEMPFAIL``) stopped, the same command continues; 130 or
 143 ended at once by a second Ctrl-C or SIGTERM; else the job failed, with the failed executor's code (128 + n where
@@ -18,17 +19,18 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .control import FOLDER_VARIABLE, JobFolder, answer, receive
 from .events import EVENTS_VARIABLE, EventReader, read_step, report_to, step_file
 from .group import Devices, ExecutorGroup
+from .membership import WORLD_VARIABLE
+from .move import Move
 from .notice import STOPPED
 from .restarts import Failure, RestartPolicy
+from .signals import SignalQueue
 
 _TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
 _SETTLE = 5.0  # seconds in which the other executors may end after one has failed, and say why
@@ -52,6 +54,7 @@ class Supervisor:
         num_ests: N, where the script leaves it open.
         max_restarts: restarts in a row without progress before the job fails.
         grace: seconds an executor has to save after SIGTERM before it is killed.
+        in_place: whether executors whose devices stay go on in their processes when devices change.
         tell: takes lines for people.
         output: file that takes what the executors print; None: they share this process's.
     """
@@ -65,6 +68,7 @@ class Supervisor:
         num_ests: int | None = None,
         max_restarts: int = 3,
         grace: float = 120.0,
+        in_place: bool = False,
         tell: Callable[[str], None] = say,
         output: Path | None = None,
     ) -> None:
@@ -76,6 +80,9 @@ class Supervisor:
         self._tell = tell
         self._output = output
         self._grace = grace
+        self._in_place = in_place
+        self._moving: Move | None = None
+        self._worlds = folder.path / "world.json"
         self._policy = RestartPolicy(max_restarts)
         self._group: ExecutorGroup | None = None
         self._run_id = uuid.uuid4().hex[:12]
@@ -83,7 +90,7 @@ class Supervisor:
         self._next: Devices | None = None  # what to start on once the executors have ended
         self._stop = False
         self._asked = False  # whether these executors were told to end by this supervisor
-        self._signals: list[int] = []
+        self._signals = SignalQueue((signal.SIGINT, signal.SIGTERM))
         self._deadline: float | None = None  # when executors that have not ended are killed
         self._since: float | None = None  # when the pause began that now lasts
         self._first_to_fail: int | None = None
@@ -95,6 +102,7 @@ class Supervisor:
         self._reached = 0  # the step at which the executors before these ended
         self._steps_redone = 0
         self._stages = 0
+        self._generation = 0
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def run(self) -> int:
@@ -103,25 +111,27 @@ class Supervisor:
         Raises:
             JobError: if the folder is in use.
         """
-        with self.folder.locked() as lock, self.folder.listening() as server, self._woken() as wake:
+        with self.folder.locked() as lock, self.folder.listening() as server, self._signals as wake:
             self._lock = lock
             self._events = EventReader(self.folder.events)
             step_file(self.folder.events).unlink(missing_ok=True)
+            self._worlds.unlink(missing_ok=True)
             code = None
             try:
                 self._launch()
                 while code is None:
                     select.select([server, wake], [], [], _TICK)
-                    _drain(wake)
                     self._take_signals()
                     while request := receive(server):
                         self._answer(*request)
                     self._follow_events()
+                    self._follow_move()
                     code = self._look()
             except _AtOnce as end:
                 code = 128 + end.number
                 self._tell(f"ended at once by a second {signal.Signals(end.number).name}")
             finally:
+                self._end_move()
                 if self._group is not None and code != 0:
                     self._group.kill()
                 self._write_state({0: "finished", STOPPED: "stopped"}.get(code, "failed"), code)  # type: ignore[arg-type]
@@ -130,28 +140,39 @@ class Supervisor:
     def _launch(self) -> None:
         if self._since is None:
             self._since = time.monotonic()
-        self._phase, self._deadline, self._first_to_fail, self._errors = "starting", None, None, []
-        self._asked = self._started_well = False
-        self._stages += 1
-        variables = {
-            FOLDER_VARIABLE: str(self.folder.path),
-            EVENTS_VARIABLE: str(self.folder.events),
-        }
-        if self._given_num_ests is not None:
-            variables["EASYSCALE_NUM_ESTS"] = str(self._given_num_ests)
-        self._group = ExecutorGroup(
-            self.command,
-            self.devices,
-            variables=variables,
-            run_id=f"{self._run_id}-{self._stages}",
-            keep=self._lock,
-            output=self._output,
-        )
-        types = list(self.devices.types) or ["device"] * self.devices.count
-        report_to(self.folder.events, "starting", devices=str(self.devices), types=types)
+        self._end_move()
+        self._begin_stage(self._start(self.devices))
         checkpoint = self.folder.newest_checkpoint()
         self._tell(f"starting on {self.devices}, {f'from {checkpoint}' if checkpoint else 'from the beginning'}")
         self._write_state("running", None)
+
+    def _start(self, devices: Devices, **options: Any) -> ExecutorGroup:
+        variables = {
+            FOLDER_VARIABLE: str(self.folder.path),
+            EVENTS_VARIABLE: str(self.folder.events),
+            WORLD_VARIABLE: str(self._worlds),
+        }
+        if self._given_num_ests is not None:
+            variables["EASYSCALE_NUM_ESTS"] = str(self._given_num_ests)
+        self._generation += 1
+        return ExecutorGroup(
+            self.command,
+            devices,
+            variables=variables,
+            run_id=self._run_id,
+            generation=self._generation,
+            keep=self._lock,
+            output=self._output,
+            **options,
+        )
+
+    def _begin_stage(self, group: ExecutorGroup) -> None:
+        self._group = group
+        self._phase, self._deadline, self._first_to_fail, self._errors = "starting", None, None, []
+        self._asked = self._started_well = False
+        self._stages += 1
+        types = list(self.devices.types) or ["device"] * self.devices.count
+        report_to(self.folder.events, "starting", devices=str(self.devices), types=types)
 
     def _look(self) -> int | None:
         """What the executors' exit codes mean; an exit code of our own when all is over."""
@@ -200,6 +221,43 @@ class Supervisor:
         self.devices, self._next = self._next or self.devices, None
         self._launch()
 
+    # -- changes in place ------------------------------------------------------------------------------------------
+    def _begin_move(self, devices: Devices) -> None:
+        self._moving = Move(self._start(devices, before=self._group, grace=self._grace), self._worlds)
+        newcomers = len(self._moving.after.newcomers)
+        if newcomers:
+            self._tell(f"{newcomers} newcomers start; training goes on until they are ready")
+
+    def _follow_move(self) -> None:
+        """Look after the newcomers, and let all executors change worlds once they are ready."""
+        move = self._moving
+        if move is None:
+            return
+        code = move.lost()
+        if code is not None and not move.announced:
+            self._tell(f"a newcomer has failed with exit code {code}; training goes on on {self.devices}")
+            self._end_move()
+            self._next = None
+        elif code is not None or move.deserted():
+            self._deadline = min(self._deadline or float("inf"), time.monotonic() + _SETTLE)
+        elif move.warm and not move.announced:
+            move.announce()
+            self._terminate()
+
+    def _end_move(self) -> None:
+        if self._moving is not None:
+            self._moving.cancel()
+            self._moving = None
+
+    def _arrive(self) -> None:
+        """The next world has formed."""
+        assert self._moving is not None
+        assert self._next is not None
+        self.devices, self._next = self._next, None
+        after, self._moving = self._moving.after, None
+        self._begin_stage(after)
+        self._write_state("running", None)
+
     # -- failures --------------------------------------------------------------------------------------------------
     def _failure(self, codes: dict[int, int]) -> Failure:
         """The failure that ended the others, as well as it can be told."""
@@ -247,6 +305,10 @@ class Supervisor:
     def _follow_events(self) -> None:
         for event in self._events.new():
             kind = event["event"]
+            if self._moving is not None:
+                self._moving.note(event)
+                if self._moving.formed(event):
+                    self._arrive()
             paused = f"{time.monotonic() - self._since:.2f} s" if self._since is not None else ""
             if kind == "formed":
                 self.num_ests = event["num_ests"]
@@ -315,7 +377,10 @@ class Supervisor:
             return {"error": f"the job runs on {devices} already."}
         self._tell(f"resize: {self.devices} -> {devices}")
         self._next = devices
-        self._terminate()
+        if self._in_place and devices.shared_with(self.devices):
+            self._begin_move(devices)
+        else:
+            self._terminate()
         return {"from": str(self.devices), "to": str(devices)}
 
     def _on_stop(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -324,6 +389,7 @@ class Supervisor:
         return {"from": str(self.devices)}
 
     def _begin_stop(self, why: str) -> None:
+        self._end_move()
         self._stop, self._next = True, None
         if self._trained:
             self._tell(f"{why}: training has ended, so the script is left to end by itself")
@@ -339,31 +405,8 @@ class Supervisor:
         self._group.terminate()
 
     # -- signals ---------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _woken(self) -> Iterator[socket.socket]:
-        """Collect signals; yields a socket that becomes readable with each."""
-        mine, other = socket.socketpair()
-        with mine, other:
-            for end in (mine, other):
-                end.setblocking(False)
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
-            before = signal.set_wakeup_fd(other.fileno(), warn_on_full_buffer=False)
-            for number in handlers:
-                signal.signal(number, self._on_signal)
-            try:
-                yield mine
-            finally:
-                signal.set_wakeup_fd(before)
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if number != signal.SIGCHLD:
-            self._signals.append(number)
-
     def _take_signals(self) -> None:
-        while self._signals:
-            number = self._signals.pop(0)
+        for number in self._signals.take():
             if self._stop:
                 raise _AtOnce(number)
             self._begin_stop(signal.Signals(number).name)
@@ -388,11 +431,3 @@ class _AtOnce(Exception):
 
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-def _drain(wake: socket.socket) -> None:
-    try:
-        while wake.recv(1024):
-            pass
-    except BlockingIOError:
-        pass

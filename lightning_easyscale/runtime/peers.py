@@ -286,7 +286,7 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
         return Peers(0, 1)
     else:
         dist.init_process_group(backend, init_method="env://", rank=index, world_size=size, timeout=timeout)
-        atexit.register(_disconnect)
+        atexit.register(disconnect)
         data = dist.group.WORLD
     if size == 1:
         return Peers(0, 1)
@@ -297,8 +297,12 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
     return peers
 
 
-def _disconnect() -> None:
-    """Let go of the groups while the interpreter is whole: later, their running threads would abort the process."""
+def disconnect() -> None:
+    """Let go of the groups, before the executors connect anew or the interpreter ends.
+
+    While the interpreter is whole: later, the groups' running threads would abort the process.
+    """
+    atexit.unregister(disconnect)
     for peers in _connected:
         peers.control = peers.data = peers.store = None
     with physical_world():

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_easyscale import EasyScaleStrategy, RunRecord
+from lightning_easyscale import DeterminismCallback, EasyScaleStrategy, RunRecord
 from tests.launch.job import Classifier, loader, make_trainer, state_digest
 
 
@@ -38,14 +38,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hurry", type=Path)
+    parser.add_argument("--reference", action="store_true", help="stock DDP, in a process per worker")
     arguments = parser.parse_args()
     pl.seed_everything(11, verbose=False)
+    callbacks: list[Any] = [RunRecord(arguments.out / "record", digest_every_n_steps=4, flush_every_n_steps=1)]
+    strategy: Any = EasyScaleStrategy(num_ests=arguments.num_ests, threads_per_est=1)
+    if arguments.reference:
+        strategy = "ddp"
+        callbacks.append(DeterminismCallback("D1", threads=1))
     trainer = make_trainer(
         arguments.out,
-        strategy=EasyScaleStrategy(num_ests=arguments.num_ests, threads_per_est=1),
-        devices=1,
+        strategy=strategy,
+        devices=arguments.num_ests if arguments.reference else 1,
         max_epochs=arguments.epochs,
-        callbacks=[RunRecord(arguments.out / "record", flush_every_n_steps=1)],
+        callbacks=callbacks,
     )
     module = Slow(arguments.delay, arguments.hurry)
     trainer.fit(module, loader(arguments.samples), loader(shuffle=False))

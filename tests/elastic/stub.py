@@ -2,7 +2,8 @@
 
 Usage: stub.py STEPS [FAULT ...], where a FAULT is ``rank:step:kind[:times]``; kinds: ``raise``, ``exit``, ``kill``,
 ``hang`` (on SIGTERM, instead of saving), ``die`` (killed while saving), ``after``
-(fails when training has ended), ``linger`` (works on then, without saving on SIGTERM). Executor 0 steps; the others
+(fails when training has ended), ``refuse`` (fails when it starts), ``desert`` (ends where it was to
+enter the next world), ``linger`` (works on then, without saving on SIGTERM). Executor 0 steps; the others
 wait for it. Every executor also notes its start in ``starts.jsonl``.
 """
 
@@ -18,7 +19,6 @@ from pathlib import Path
 
 folder = Path(os.environ["EASYSCALE_ELASTIC_DIR"])
 events = Path(os.environ["EASYSCALE_EVENTS"])
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 checkpoints = folder / "checkpoints"
 checkpoints.mkdir(exist_ok=True)
 steps = int(sys.argv[1])
@@ -57,17 +57,43 @@ def on_sigterm(*_: object) -> None:
 signal.signal(signal.SIGTERM, on_sigterm)
 variables = ("RANK", "WORLD_SIZE", "EASYSCALE_NUM_ESTS", "EASYSCALE_DEVICES", "ATEN_CPU_CAPABILITY")
 append(folder / "starts.jsonl", **{name: os.environ.get(name) for name in variables})
-group = os.environ["TORCHELASTIC_RUN_ID"]
-(folder / f"ready-{group}-{rank}").touch()
-files = sorted(checkpoints.glob("*.ckpt"), key=lambda f: int(f.stem))
-step = int(files[-1].stem) if files else 0
-if rank == 0:
-    if size > int(os.environ.get("EASYSCALE_NUM_ESTS", 4)):
-        sys.exit("too many devices")
-    while len(list(folder.glob(f"ready-{group}-*"))) < size:
-        time.sleep(0.01)
-    report("formed", num_ests=4, placement=[4 // size] * size)
-    first = step
+
+
+def join() -> None:
+    """Meet the executors of this world."""
+    global rank, size, step, first
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if due(0, "refuse"):
+        sys.exit(4)
+    report("ready")
+    group = os.environ["MASTER_PORT"]
+    (folder / f"ready-{group}-{rank}").touch()
+    if rank == 0:
+        if size > int(os.environ.get("EASYSCALE_NUM_ESTS", 4)):
+            sys.exit("too many devices")
+        while len(list(folder.glob(f"ready-{group}-*"))) < size:
+            time.sleep(0.01)
+        generation = int(os.environ["EASYSCALE_GENERATION"])
+        report("formed", num_ests=4, placement=[4 // size] * size, generation=generation)
+    files = sorted(checkpoints.glob("*.ckpt"), key=lambda f: int(f.stem))
+    step = first = int(files[-1].stem) if files else 0
+
+
+def next_world() -> bool:
+    """Enter the world that was announced, if this executor is in it."""
+    file = Path(os.environ["EASYSCALE_WORLD"])
+    world = json.loads(file.read_text()) if file.exists() else {"generation": 0}
+    member = os.environ["EASYSCALE_MEMBER"]
+    if world["generation"] <= int(os.environ["EASYSCALE_GENERATION"]) or member not in world["members"]:
+        return False
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "EASYSCALE_GENERATION")
+    values = (world["members"].index(member), len(world["members"]), world["port"], world["generation"])
+    os.environ.update({name: str(value) for name, value in zip(names, values, strict=True)})
+    return True
+
+
+rank = size = step = first = 0
+join()
 while True:
     time.sleep(0.01)
     if rank == 0:
@@ -96,7 +122,10 @@ while True:
         if rank == 0:
             (checkpoints / f"{step}.ckpt").write_text("")
             report("saved", step=step)
-        sys.exit(75)
+        if due(step, "desert") or not next_world():
+            sys.exit(75)
+        stopping = False
+        join()
     if step >= steps:
         if rank == 0:
             report("trained")

@@ -1,0 +1,161 @@
+"""Runs trainer calls in the ESTs of this executor, in one world of executors after another.
+
+The first call connects the executors. When devices change in place (`elastic/membership.py`), a `fit` that has stopped
+and saved goes on in the same process: to the script's hooks it is a stop and a resumption, as after a relaunch, but the
+process, its device and what the script has built stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.distributed.constants import default_pg_timeout
+
+from . import _lightning as pl
+from . import determinism as det
+from . import kernels
+from .compatibility import check_module
+from .elastic.events import report
+from .elastic.membership import World, enter, generation, next_world
+from .elastic.notice import StopNotice
+from .elastic.spare import mark_finished
+from .portability import PortableKernels
+from .runtime.peers import connect, disconnect
+from .seed import agree_on_seed
+from .session import Session
+from .stopping import TrainingStopped
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from .strategy import EasyScaleStrategy
+
+
+class Execution:
+    """Runs trainer calls.
+
+    Args:
+        strategy: the lead's strategy.
+        backend: between executors; None: NCCL on CUDA, gloo on CPU.
+        allow_operations: what D2's `portable` policy lets pass besides the operations it knows.
+    """
+
+    def __init__(self, strategy: EasyScaleStrategy, backend: str | None, allow_operations: Sequence[str]) -> None:
+        self._strategy = strategy
+        self._backend = backend
+        self._allow_operations = tuple(allow_operations)
+
+    def run(
+        self,
+        trainer: Trainer,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        notice: StopNotice | None = None,
+    ) -> Any:
+        """Run a trainer function on every EST of this executor.
+
+        Args:
+            trainer: the trainer.
+            function: what to run.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            notice: of stop signals, in a `fit`.
+        """
+        strategy = self._strategy
+        threads, device_type = strategy.threads_per_est, strategy.root_device.type
+        det.apply(strategy.level, threads=threads, device_type=device_type, policy=strategy.policy)
+        # Before the session is made, because it remembers torch's switches.
+        with self._arithmetic(trainer):
+            session = strategy.session or self._form(trainer)
+            if trainer.state.fn != TrainerFn.FITTING:
+                return session.run(trainer, function, args, kwargs)
+            while True:
+                if notice is not None:
+                    notice.ask(session.request_stop)
+                try:
+                    return self._fit(session, trainer, function, args, kwargs)
+                except TrainingStopped as error:
+                    world, stop = next_world(), error
+                    if world is None:
+                        raise
+                session = self._move_on(trainer, stop, world, notice)
+
+    def _fit(
+        self,
+        session: Session,
+        trainer: Trainer,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        strategy = self._strategy
+        args, kwargs = strategy.boundaries.prepare(trainer, function, args, kwargs)
+        result = session.run(trainer, function, args, kwargs)
+        strategy.boundaries.finish()
+        if strategy.executor_index == 0:
+            report("trained")
+            if strategy.boundaries.elastic_dir is not None:
+                mark_finished(strategy.boundaries.elastic_dir)
+        return result
+
+    def _form(self, trainer: Trainer) -> Session:
+        """Connect the executors of this world."""
+        strategy = self._strategy
+        backend = self._backend or ("nccl" if strategy.root_device.type == "cuda" else "gloo")
+        os.environ.setdefault("MASTER_ADDR", strategy.virtual_environment.main_address)
+        os.environ.setdefault("MASTER_PORT", str(strategy.virtual_environment.main_port))
+        timeout = strategy.timeout or default_pg_timeout
+        check_module(trainer.lightning_module)
+        placement = strategy.placement
+        report("ready", executor=strategy.executor_index)
+        peers = connect(strategy.executor_index, placement.num_executors, backend=backend, timeout=timeout)
+        agree_on_seed(peers)
+        session = strategy.session = Session(
+            strategy,
+            placement,
+            peers,
+            reduction=strategy.resolved_reduction,
+            device=strategy.root_device,
+            timeout=timeout.total_seconds(),
+        )
+        split = " + ".join(str(c) for c in placement.ests_per_executor)
+        rank_zero_info(f"EasyScale: {placement.num_ests} ESTs as {split} on {placement.num_executors} executors")
+        if strategy.executor_index == 0:
+            counts = list(placement.ests_per_executor)
+            report("formed", num_ests=placement.num_ests, placement=counts, generation=generation())
+        return session
+
+    def _move_on(self, trainer: Trainer, stop: TrainingStopped, world: World, notice: StopNotice | None) -> Session:
+        """Leave the world in which training has stopped, and enter the next."""
+        pl.on_interrupt(trainer, stop)
+        disconnect()
+        enter(world)
+        self._strategy.find_place()
+        if notice is not None:
+            notice.renew()
+        pl.begin_fit(trainer)
+        return self._form(trainer)
+
+    @contextmanager
+    def _arithmetic(self, trainer: Trainer) -> Iterator[None]:
+        """D2's `portable` kernels for one trainer function: each EST's clone of a callback puts them in force."""
+        if self._strategy.policy != "portable":
+            yield
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callback = next((c for c in callbacks if isinstance(c, PortableKernels)), None)
+        if callback is None:
+            callback = PortableKernels(self._allow_operations)
+            callbacks.insert(0, callback)
+        try:
+            with kernels.common_paths():
+                yield
+        finally:
+            callback.leave()
