@@ -52,9 +52,11 @@ __all__ = [
     "ForwardRedirection",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
+    "batches_ahead",
     "begin_fit",
     "continue_epoch",
     "follow_agreed_stop",
+    "forget_loader_states",
     "inside_accumulation",
     "inside_epoch",
     "observe_processes",
@@ -72,6 +74,7 @@ __all__ = [
     "sync_module_states",
     "trainer_flags",
     "training_loaders",
+    "validation_loaders",
 ]
 
 _META = (
@@ -133,6 +136,17 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders that are validated with while fitting, in their order; empty before they are set up."""
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def batches_ahead(trainer: Trainer) -> int:
+    """How many batches the fit loop has read and not trained on: it does so where it cannot know the last one."""
+    return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+
+
 def inside_epoch(trainer: Trainer) -> bool:
     """Whether a training epoch has begun and has batches left."""
     progress: Any = trainer.fit_loop.epoch_progress.total
@@ -152,6 +166,11 @@ def pending_after_batch(trainer: Trainer) -> str | None:
     if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
         return "validation"
     return "epoch_end" if loop.batch_progress.is_last_batch else None
+
+
+def forget_loader_states(loops: dict[str, Any]) -> None:
+    """Drop what Lightning saved of loaders with a `state_dict`: it is rank 0's and would be given to all ranks."""
+    loops["fit_loop"]["state_dict"].pop("combined_loader", None)
 
 
 def resume_at_pending(loops: dict[str, Any], pending: str | None) -> None:

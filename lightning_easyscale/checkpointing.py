@@ -71,7 +71,8 @@ class Checkpointing:
         if self._follower is None:
             session = self._strategy.session
             assert session is not None
-            self._follower = LoaderFollower(session.contexts[self._strategy.global_rank].generators)
+            rank = self._strategy.global_rank
+            self._follower = LoaderFollower(session.contexts[rank].generators, session.member(rank), session.pools)
         return self._follower
 
     @property
@@ -148,6 +149,7 @@ class Checkpointing:
             self._accept(checkpoint.get(ckpt.KEY))
             if self._entry is not None:
                 pl.resume_at_pending(checkpoint["loops"], self._entry["pending"])
+                pl.forget_loader_states(checkpoint["loops"])
                 # Lightning cannot know that this package continues inside the epoch.
                 warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not")
         return checkpoint
@@ -177,7 +179,9 @@ class Checkpointing:
         event = {"placement": list(strategy.placement.ests_per_executor), "warnings": differences}
         self._history = [*entry["history"], event]
         self._entry = entry
-        self.follower.expect_resume()
+        own = entry["ests"][strategy.global_rank]
+        pending = entry["pending"] is not None
+        self.follower.expect_resume(own["data"], own["shared_workers"], own["generators"], epoch_over=pending)
 
     def _fingerprint(self) -> dict[str, Any]:
         types = sorted({t.name for t in self._strategy.device_types})

@@ -25,6 +25,9 @@ from numpy.random import mtrand
 
 _MT19937_BYTES = 4 * 624 + 4  # uint32 key[624]; int pos
 
+Parts = tuple[Any, Any, Any]
+"""States of torch's CPU generator, `random` and NumPy, as `Generators.parts` gives them."""
+
 
 class Generators:
     """The states of all generators of one EST; a new one holds those that the process has just now.
@@ -89,6 +92,10 @@ class Generators:
             "extra": {name: _to_plain(state) for name, state in self._extra_states.items()},
         }
 
+    def parts(self) -> Parts:
+        """The captured states of torch's CPU generator, `random` and NumPy: cheap to take, compare and send."""
+        return self._torch.numpy().tobytes(), self._python, self._numpy.part()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the states of `state_dict`; `install` puts them to use.
 
@@ -105,6 +112,22 @@ class Generators:
         self._numpy.load(_from_plain(state["numpy"]))
         known = self._extra_states.keys() & state["extra"].keys()
         self._extra_states.update({name: _from_plain(state["extra"][name]) for name in known})
+
+
+def state_of_parts(parts: Parts) -> dict[str, Any]:
+    """What `Generators.state_dict` would have returned when `Generators.parts` returned `parts`."""
+    torch_state, python, (kind, bits, kept) = parts
+    if isinstance(bits, bytes):
+        words = np.frombuffer(bits, dtype=np.uint32)
+        bits = _to_plain({"bit_generator": kind, "state": {"key": words[:-1], "pos": int(words[-1])}})
+    gauss = {"has_gauss": int(kept is not None), "gauss": kept or 0.0}
+    return {
+        "torch": torch.frombuffer(bytearray(torch_state), dtype=torch.uint8),
+        "devices": [],
+        "python": _to_plain(python),
+        "numpy": {**bits, **gauss},
+        "extra": {},
+    }
 
 
 class _NumpyState:
@@ -133,6 +156,13 @@ class _NumpyState:
 
     def state(self) -> dict[str, Any]:
         return self._kept or {**self._bits.state, "has_gauss": 0, "gauss": 0.0}
+
+    def part(self) -> tuple[str, Any, float | None]:
+        """Kind of bit generator, its memory (MT19937) or state, and the number kept by Box-Muller."""
+        kept = None if self._kept is None else float(self._kept["gauss"])
+        if self._address is not None:
+            return "MT19937", self._seen, kept
+        return type(self._bits).__name__, _to_plain(self._bits.state), kept
 
     def load(self, state: dict[str, Any]) -> None:
         self._make(getattr(np.random, state["bit_generator"]))  # not the one that may be in use just now
@@ -172,13 +202,17 @@ def find_module_generators(modules: Iterable[ModuleType]) -> dict[str, object]:
     found: dict[str, object] = {}
     for module in modules:
         for name, value in sorted(vars(module).items()):
-            if isinstance(value, _KINDS) and id(value) not in seen and not isinstance(value, random.SystemRandom):
+            if (
+                isinstance(value, GENERATOR_KINDS)
+                and id(value) not in seen
+                and not isinstance(value, random.SystemRandom)
+            ):
                 seen.add(id(value))
                 found[f"{module.__name__}.{name}"] = value
     return found
 
 
-_KINDS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+GENERATOR_KINDS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
 
 
 def _get_state(generator: Any) -> Any:
@@ -198,6 +232,16 @@ def _set_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
     else:
         generator.bit_generator.state = state
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of a generator object of one of `GENERATOR_KINDS`: plain values or a tensor."""
+    return _to_plain(_get_state(generator))
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put a state of `generator_state` back."""
+    _set_state(generator, _from_plain(state))
 
 
 def _to_plain(state: Any) -> Any:

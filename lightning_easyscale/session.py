@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from . import _lightning as pl
 from ._lightning_loops import report_boundaries
+from .data.pool import Member, WorkerPools
 from .elastic.events import report
 from .elastic.snapshots import SnapshotWriter
 from .placement import Placement
@@ -108,6 +109,7 @@ class Session:
         self.writes = {rank: self._guard(rank) for rank in self.ests} if len(self.ests) > 1 else {}
         self.turns = Turns()
         self.lead_gradients: list[Tensor | None] = []
+        self.pools = WorkerPools()
         self._local_sequence = dict.fromkeys(self.ests, 0)
         self._gradient_steps = dict.fromkeys(self.ests, 0)
         self._wrappers = dict.fromkeys(self.ests, 0)
@@ -123,6 +125,11 @@ class Session:
     def lead(self) -> int:
         """The lowest-ranked EST here."""
         return self.ests[0]
+
+    def member(self, rank: int) -> Member:
+        """An EST as its loader workers have to know it."""
+        context = self.contexts[rank]
+        return Member(rank, context.environment, context.on_enter, partial(self.executor.let_others_run, rank))
 
     def gradient_group(self, rank: int) -> GradientGroup:
         """A group over the world for an EST's next DDP wrapper."""

@@ -54,7 +54,10 @@ class ESTState:
             "shown": pl.shown_metrics(self._trainer),
             "gradients": self._gradients(module),
             "syncs_buffers": getattr(self._trainer.model, "require_forward_param_sync", True),
-            "data": self._follower.state_dict(inside_epoch=pl.inside_epoch(self._trainer)),
+            "shared_workers": self._follower.shared_state_dict(pl.validation_loaders(self._trainer)),
+            "data": self._follower.state_dict(
+                inside_epoch=pl.inside_epoch(self._trainer), ahead=pl.batches_ahead(self._trainer)
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -89,7 +92,7 @@ class ESTState:
             wrapper.require_forward_param_sync = state["syncs_buffers"]
         self._follower.keep(pl.training_loaders(self._trainer))
         self._follower.resume_from(state["data"])
-        self._generators.load_state_dict(state["generators"])
+        self._generators.load_state_dict(self._follower.generators_after_resume(state["generators"]))
         self._generators.install()
 
     def _gradients(self, module: LightningModule) -> dict[str, Tensor]:

@@ -367,11 +367,13 @@ class EasyScaleStrategy(ModelStrategy):
         return ESTState(self.lightning_module.trainer, generators, self.checkpointing.follower)
 
     def process_dataloader(self, dataloader: Any) -> Any:
-        """Follow the position of training loaders; keep worker processes through stop signals."""
+        """Follow the position of training loaders; let all loaders share workers, which outlive stop signals."""
         shield_workers(dataloader, self.global_rank)
-        module = self.lightning_module
+        module, follower = self.lightning_module, self.checkpointing.follower
         if module is not None and module.trainer.training:
-            self.checkpointing.follower.attach(dataloader)
+            follower.attach(dataloader)
+        else:
+            follower.share(dataloader)
         return dataloader
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

@@ -240,19 +240,27 @@ def test_under_d2_policy_and_format_never_change(now: str) -> None:
         ckpt.check_resumable(entry, replace(job, kernels=now), {})
 
 
+class Counted(Points):
+    """Depends on how often it was asked, which nobody can know."""
+
+    calls = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.calls += 1
+        x, y = super().__getitem__(index)
+        return x + self.calls, y
+
+
 UNRESUMABLE: dict[str, tuple[Callable[[], Any], str]] = {
-    "workers": (
-        lambda: loader(num_workers=1),
-        r"cannot be continued exactly: it has `num_workers=1` and .* inside an epoch. HINT: set `num_workers=0`",
+    "order left to chance": (
+        lambda: loader(num_workers=2, in_order=False),
+        r"inside an epoch: with `in_order=False` the order of its batches is not determined. HINT: resume from",
     ),
-    "persistent workers": (
-        lambda: loader(num_workers=1, persistent_workers=True),
-        r"its `persistent_workers=True` keep generator states that are not saved. HINT: set `num_workers=0`",
+    "a hidden counter": (
+        lambda: DataLoader(Counted(), batch_size=4, num_workers=1),
+        r"the data depends on something that is not saved.* HINT: draw from `torch`",
     ),
-    "iterable": (
-        lambda: DataLoader(Stream(), batch_size=4),
-        r"its dataset `Stream` is iterable and the checkpoint is inside an epoch. HINT: ",
-    ),
+    "a foreign loader": (lambda: [Points()[0:4]] * 6, r"it is a `list`, not a `torch.utils.data.DataLoader`. HINT: "),
 }
 
 

@@ -41,7 +41,7 @@ class ESTContext:
         self.rank = rank
         self.generators = generators
         self.environment = dict(environment)
-        self._on_enter = on_enter
+        self.on_enter = on_enter
         self._alone = alone
         self._entered = False
         self._dtype = torch.get_default_dtype()
@@ -64,7 +64,7 @@ class ESTContext:
             torch.set_default_dtype(self._dtype)
         if _attention_switches() != self._attention:
             _set_attention_switches(self._attention)
-        self._on_enter(self.rank)
+        self.on_enter(self.rank)
 
     def leave(self) -> None:
         """Remember this EST's state."""

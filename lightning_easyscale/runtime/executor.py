@@ -270,10 +270,22 @@ class Executor:
             outside: whether another executor may bring it.
         """
         self._check_alive()
-        if ready():
-            return
+        if not ready():
+            self._wait(rank, Meeting((rank,), tag, ready=ready, outside=outside))
+
+    def let_others_run(self, rank: int, tag: str) -> None:
+        """Let every other EST of this executor that can run go on to where it waits.
+
+        Args:
+            rank: the calling EST.
+            tag: what it does, for messages.
+        """
+        self._check_alive()
+        self._wait(rank, Meeting((rank,), tag, ready=lambda: True))
+
+    def _wait(self, rank: int, meeting: Meeting) -> None:
         est = self._ests[rank]
-        est.waiting_for = Meeting((rank,), tag, ready=ready, outside=outside)
+        est.waiting_for = meeting
         following = self._next_runnable(rank)
         if following != rank:
             self._pass_to(following, leaving=rank)
