@@ -260,7 +260,6 @@ UNRESUMABLE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: DataLoader(Counted(), batch_size=4, num_workers=1),
         r"the data depends on something that is not saved.* HINT: draw from `torch`",
     ),
-    "a foreign loader": (lambda: [Points()[0:4]] * 6, r"it is a `list`, not a `torch.utils.data.DataLoader`. HINT: "),
 }
 
 

@@ -165,7 +165,13 @@ class WorkerPools:
         """Start `context`'s workers, with those of every other EST that comes."""
         waiting = self._gathering.setdefault(context.key, [])
         waiting.append(context)
-        context.member.let_others_run("DataLoader workers")
+        try:
+            context.member.let_others_run("DataLoader workers")
+        except BaseException:
+            # The run has failed; no iterator comes to be that would end these workers.
+            for process in context.processes:
+                process.terminate()
+            raise
         if context in self._gathering.get(context.key, ()):
             self._start(sorted(self._gathering.pop(context.key), key=lambda c: c.member.rank))
 

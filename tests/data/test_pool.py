@@ -130,13 +130,13 @@ def follow(dataset: Any, **options: Any) -> tuple[DataLoader, LoaderFollower, Ge
 
 
 def test_a_killed_worker_is_an_error() -> None:
-    others = workers()
-    loader, _, _ = follow(Drawn())
+    others, message = workers(), ""
+    loader, _, _ = follow(range(400), collate_fn=list)
     batches = iter(loader)
     next(batches)
     mine = [worker for worker in workers() if worker not in others]
     try:
-        mine[0].kill()  # at once, or where a batch of it is waited for
+        mine[0].kill()  # noticed at once, or where a batch of it is waited for
         list(batches)
     except RuntimeError as error:
         message = str(error)

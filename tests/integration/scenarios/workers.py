@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
 
@@ -173,21 +172,15 @@ class Batches(Dataset):
         return x[None] + 0.1 * torch.randn(2, 1), y[None].expand(2), index
 
 
-@feature("validation, test and predict loaders", GROUP, worlds=(2, 3))
+@feature("validation loaders", GROUP, worlds=(2, 3))
 @feature("persistent validation workers", GROUP, persistent=True)
-def every_stage(config: dict[str, Any], root: Path) -> Script:
+def validation(config: dict[str, Any], root: Path) -> Script:
     persistent = config.get("persistent", False)
     data = {
         "train_dataloaders": augmented(24, persistent_workers=persistent),
         "val_dataloaders": [augmented(16, shuffle=False, persistent_workers=persistent), augmented(12, shuffle=False)],
     }
-    return Script(Seen(), data, {"max_epochs": 2}, main=_all_stages)
-
-
-def _all_stages(trainer: Trainer, script: Script, make_trainer: Any) -> None:
-    trainer.fit(script.module, **script.data)
-    trainer.test(script.module, augmented(12, shuffle=False))
-    trainer.predict(script.module, augmented(12, shuffle=False))
+    return Script(Seen(), data, {"max_epochs": 2})
 
 
 class Stream(IterableDataset):
