@@ -323,6 +323,8 @@ class FollowedLoader:
             inside_epoch: whether its epoch has begun and has batches left.
             ahead: batches that were handed out and not trained on.
         """
+        if self.expected is not None:
+            return dict(self.expected)  # it has not gone on yet
         state: dict[str, Any] = {
             "owned": states_of(self._owned()),
             "identity": identity_of(self.loader),

@@ -87,7 +87,8 @@ class LoaderFollower:
     def shared_state_dict(self, loaders: Sequence[Any]) -> list[dict[str, Any]]:
         """The states of persistent workers of loaders that are not followed; in the order of `loaders`."""
         known = [self._shared[loader] for loader in loaders if loader in self._shared and loader.persistent_workers]
-        return [followed.state_dict(inside_epoch=False, ahead=0) for followed in known]
+        states = [followed.state_dict(inside_epoch=False, ahead=0) for followed in known]
+        return [*states, *self._expected_shared]  # the latter: of loaders that this run has not come to yet
 
     def expect_resume(
         self,

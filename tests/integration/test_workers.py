@@ -9,7 +9,7 @@ from .scenario import FEATURES, Feature
 
 # What a checkpoint cannot know: a counter in a worker's dataset, what a hook has set there when the epoch began.
 HIDDEN = ("every generator, worker information, mutated datasets", "a worker each", "dataset changed between epochs")
-CHANGED = [f for f in FEATURES if f.group == "Loader workers" and f.name not in HIDDEN]
+CHANGED = [f for f in FEATURES if f.group == "Loader workers" and f.name not in HIDDEN and not f.same_error]
 CHEAP = ("worker_init_fn", "persistent_workers", "generator=", "iterable dataset with a state", "StatefulDataLoader,")
 
 
