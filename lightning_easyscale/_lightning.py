@@ -44,7 +44,7 @@ except ImportError as error:
 from .elastic.notice import STOPPED
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
     from .runtime.executor import Executor
 
@@ -71,6 +71,7 @@ __all__ = [
     "resume_shown_metrics",
     "set_rank",
     "shown_metrics",
+    "steps_done",
     "sync_module_states",
     "trainer_flags",
     "training_loaders",
@@ -278,6 +279,11 @@ def resume_shown_metrics(trainer: Trainer, shown: dict[str, dict[str, Any]]) -> 
         if name == "_progress_bar_metrics":
             values = {key: value.item() for key, value in values.items()}
         setattr(trainer._logger_connector, name, values)
+
+
+def steps_done(module: LightningModule) -> int:
+    """Optimizer steps of the module's trainer; 0 before it has one."""
+    return 0 if module._trainer is None else module.trainer.global_step
 
 
 def requested_devices(trainer: Trainer) -> list[torch.device]:

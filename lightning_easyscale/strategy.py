@@ -412,7 +412,7 @@ class EasyScaleStrategy(ModelStrategy):
                 rank=self.global_rank,
                 type=type(exception).__name__,
                 message=str(exception),
-                step=self.lightning_module.trainer.global_step,
+                step=pl.steps_done(self.lightning_module),
             )
         super().on_exception(exception)
 
