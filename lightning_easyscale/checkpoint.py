@@ -11,6 +11,7 @@ holds a whole checkpoint or what it held before. A digest of the content is veri
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import tempfile
@@ -147,6 +148,8 @@ def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for torn in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        torn.unlink(missing_ok=True)  # of a process that was killed while it wrote this file
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
