@@ -4,8 +4,8 @@ A configuration is a power of two of devices of one type; a job starts with one 
 configuration is worth ``1.1 - (r g)^(-1/2)``, g being the throughput over one device of its slowest type and r a
 discount for restarting. Sia solves an integer program; with few types the same optimum comes from the exact dynamic
 program, and where its state space is too large from the greedy choice, which takes the upgrade with the largest gain
-per device until none is left. A round in which nothing came, went, waits or changed since the last is not decided again:
-only ages have grown.
+per device until none is left. A round in which nothing waits, and nothing came, went or changed since the last, is not
+decided again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SiaLike(ElasticPolicy):
             counts = chosen.get(index)
             if counts != job.counts:
                 changes[index] = counts
-        waiting = any(job.counts is None for job in view.active.values())  # with age, a start becomes worth it
+        waiting = any(job.counts is None for job in view.active.values())
         self._settled_at = None if changes or waiting else view.capacity.copy()
         return changes
 
