@@ -73,6 +73,7 @@ def test_the_summary_replaces_only_what_is_between_its_marks():
     assert made == f"a\n{report.BEGIN}\n| group | equal on CPU |\n|---|---|\n| G | 1 of 2 |\n{report.END}\nb\n"
 
 
+@pytest.mark.matrix  # the table is renewed from runs of `make test-all`
 def test_the_kept_table_has_the_features_that_are_tested():
     lines, _ = report.parse((ROOT / "recipes/results/features.md").read_text())
     kept, tested = {line for line in lines if line.device == "CPU"}, report.known_on_cpu()
