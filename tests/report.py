@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 BEGIN, END = "<!-- features: written by tests/report.py -->", "<!-- end of features -->"
 
 _HEAD = """# Features of stock DDP under EasyScale
@@ -176,7 +178,9 @@ def described() -> str:
     """Date, machine and versions of this run."""
     day = datetime.now(timezone.utc).date().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
-    return f"{day}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = f"{platform.machine()} with {os.cpu_count()} cores" + "".join(f", {gpu}" for gpu in gpus)
+    return f"{day}, {machine}, Python {platform.python_version()}, {versions}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

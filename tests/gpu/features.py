@@ -16,6 +16,7 @@ class Feature(pl.LightningModule):
     """A convolutional classifier with BatchNorm and dropout."""
 
     trainer_options: dict[str, Any] = {}
+    group = "Collectives"  # of the table of features
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class Skips(Feature):
     """`16-mixed`: one rank's loss overflows in the third batch, so all skip the step and halve the scale."""
 
     trainer_options = {"precision": "16-mixed", "gradient_clip_val": 0.5}
+    group = "Precision"
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -95,6 +97,8 @@ class Collectives(Feature):
 
 class Transfer(Feature):
     """Batch-transfer hooks: pinned batches, a transfer of the user's, augmentation drawn on the device."""
+
+    group = "Data"
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch[0] + 0.01 * torch.randn_like(batch[0]), batch[1]

@@ -1,7 +1,7 @@
 """On a GPU: every placement of N ESTs equals stock DDP of N processes, bit for bit.
 
 With one GPU the N processes of the reference share it over gloo, and so do several executors. With two GPUs the
-reference for N = 2 runs over NCCL, one process per GPU.
+reference for N = 2 runs over NCCL, one process per GPU, and the executors talk over NCCL.
 """
 
 from __future__ import annotations
@@ -100,7 +100,22 @@ def test_mixed_precision_equals_stock(tmp_path, precision):
     assert_equal(run(tmp_path, "ours", processes=1, kind="easyscale", split=[2], **common), reference)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("model", ["resnet", "transformer"])
+@pytest.mark.parametrize("reduction", ["ddp", "tree"])
+def test_four_ests_on_two_gpus_equal_four_processes_after_every_move(tmp_path, model, reduction):
+    common = {"n": 4, "model": model, "reduction": reduction, "metrics": False}
+    reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
+    # 2 + 2 -> 4 on one GPU -> 3 + 1, handed over in mid-epoch; the executors talk over NCCL.
+    ckpt = str(tmp_path / "moved.ckpt")
+    common |= {"kind": "easyscale", "backend": "nccl"}
+    moved = run(tmp_path, "moved", processes=2, share=False, split=[2, 2], steps=4, **common)
+    run(tmp_path, "moved", processes=1, share=False, split=[4], steps=7, resume=ckpt, **common)
+    run(tmp_path, "moved", processes=2, share=False, split=[3, 1], resume=ckpt, **common)
+    assert_equal(moved, reference)
+
+
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("model", ["resnet", "transformer"])
 def test_two_ests_equal_stock_over_nccl(tmp_path, model):
     common = {"n": 2, "model": model, "backend": "nccl"}
