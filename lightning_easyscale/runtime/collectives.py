@@ -48,7 +48,9 @@ def _reduce(parts: list[Tensor], op: dist.ReduceOp, fold: Fold) -> Tensor:
         for flat in flats[1:]:
             result = _ELEMENTWISE[name](result, flat)
     elif name == "avg":
-        result = fold(flats, "sum").div_(len(flats))
+        # NCCL, the only backend that averages, cuts integers.
+        rounding = None if flats[0].is_floating_point() or flats[0].is_complex() else "trunc"
+        result = fold(flats, "sum").div_(len(flats), rounding_mode=rounding)
     elif name in ("sum", "product", "min", "max"):
         result = fold(flats, name)
     else:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch.test_launch import ROOT, environment, free_port
+from tests.launch.test_launch import ROOT, environment
+from tests.ports import free_port
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +19,11 @@ import torch
 from lightning_easyscale.compare import compare
 from lightning_easyscale.record import Record
 
+from ..ports import free_port
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 STEPS = 10  # 256 samples, N = 4, batch 8: eight batches an epoch
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: Any) -> Path:
@@ -52,7 +47,7 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
     }
     file = folder / f"{name}.{full['steps']}.json"
     file.write_text(json.dumps(full))
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "PYTHONPATH": str(ROOT)}
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     workers = []
     for i in range(processes):
         ranks = {"NODE_RANK": str(i), "LOCAL_RANK": "0"} if share else {"NODE_RANK": "0", "LOCAL_RANK": str(i)}
@@ -66,7 +61,11 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
                 text=True,
             )
         )
-    outputs = [w.communicate(timeout=500)[0] for w in workers]
+    try:
+        outputs = [w.communicate(timeout=200)[0] for w in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     failed = [o for w, o in zip(workers, outputs, strict=True) if w.returncode]
     assert not failed, failed[0][-4000:]
     return record

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from ..elastic.faults import Fault
+from ..ports import free_port
 from .exact import differences, exact
 from .worker import Task
 
@@ -147,7 +147,7 @@ class Runs:
         root = root or home / "root"
         root.mkdir(parents=True, exist_ok=True)
         home.mkdir(exist_ok=True)
-        port = _free_port()
+        port = free_port()
         files, pids = [], []
         for index in range(processes):
             file = home / str(index)
@@ -268,12 +268,6 @@ def _end(pid: int) -> None:
             os.killpg(pid, signal.SIGKILL)
         except ProcessLookupError:
             return
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _written(root: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import torch
 from lightning_easyscale import EasyScaleStrategy
 from lightning_easyscale import checkpoint as ckpt
 
+from ..ports import free_port
 from .job import make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,12 +54,6 @@ def finish(*processes: subprocess.Popen[str], seconds: float = 100) -> list[str]
 
 def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def bits(expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,14 +137,14 @@ def test_torchrun_workers_restart_for_their_device_types(tmp_path: Path) -> None
 
 
 def test_processes_that_the_user_starts(expected: Mapping[str, Any], tmp_path: Path) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     finish(*(start([*SCRIPT, "--out", str(tmp_path)], LOCAL_RANK=rank, **meeting) for rank in "01"))
     assert result(tmp_path) == bits(expected)
 
 
 @pytest.mark.matrix
 def test_hosts_that_the_user_starts(expected: Mapping[str, Any], tmp_path: Path) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     script = [*SCRIPT, "--out", str(tmp_path), "--devices", "1", "--num-nodes", "2"]
     finish(*(start(script, NODE_RANK=rank, **meeting) for rank in "01"))
     assert result(tmp_path) == bits(expected)

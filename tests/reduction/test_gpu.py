@@ -10,6 +10,7 @@ from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 from lightning_easyscale.reduction.tree import TreeFold, combine, to_host
+from lightning_easyscale.runtime.collectives import all_reduce
 
 from .pool import Pool
 from .tasks import ForcedRing, inputs
@@ -79,7 +80,25 @@ def over_nccl(_: dist.ProcessGroup, rank: int, placement: tuple[int, ...], store
     group = dist.ProcessGroup(dist.HashStore(), rank, len(placement))
     group._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
     group._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
-    return on_one_gpu(group, rank, placement, offload=False)
+    return on_one_gpu(group, rank, placement, offload=False) + averages(group, rank)
+
+
+def averages(group: dist.ProcessGroup, rank: int) -> list[str]:
+    """Of floating-point numbers and of integers, which NCCL cuts."""
+    options, wrong, generator = dist.AllreduceOptions(), [], torch.Generator().manual_seed(0)
+    options.reduceOp = dist.ReduceOp.AVG
+    for part in (
+        torch.randn(1000, generator=generator),
+        torch.arange(-500, 500),
+        torch.arange(-500, 500, dtype=torch.int32),
+    ):
+        every = [(part + r).cuda() for r in range(group.size())]
+        (ours,), *_ = all_reduce([[tensor] for tensor in every], dist.ReduceOp.AVG, ring_fold)
+        theirs = [every[rank].clone()]
+        group.allreduce(theirs, options).wait()
+        if not torch.equal(ours, theirs[0]):
+            wrong.append(f"average of {part.dtype}")
+    return wrong
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

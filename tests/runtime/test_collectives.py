@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from lightning_easyscale.reduction.orders import ring_fold
+from lightning_easyscale.runtime.collectives import all_reduce
 from tests.reduction.pool import Pool
 
 from . import tasks
@@ -27,6 +31,12 @@ def test_a_collective_equals_gloo(pool: Pool, name: str, n: int) -> None:
     expected = pool.run(n, tasks.real, name=name)
     for placement in PLACEMENTS[n]:
         assert virtual(pool, placement, name=name) == expected, f"on {placement}"
+
+
+def test_an_average_of_integers_is_cut() -> None:
+    """Which is what NCCL does (tests/reduction/test_gpu.py); gloo averages nothing."""
+    (made,), *_ = all_reduce([[torch.tensor([3, -3, 8])], [torch.tensor([4, -4, 8])]], dist.ReduceOp.AVG, ring_fold)
+    assert torch.equal(made, torch.tensor([3, -3, 8]))
 
 
 def test_subgroups_equal_gloo(pool: Pool) -> None:
