@@ -54,5 +54,5 @@ __all__ = [
     "portable",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the format: a change that alters bits raises it."""

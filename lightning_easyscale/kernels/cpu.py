@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import build
 
-UNARY = ("exp", "expm1", "log", "log1p", "tanh", "erf")
+UNARY = ("exp", "expm1", "log", "log1p", "tanh", "erf", "sqrt")
 """Elementary functions, in the order of the C++ switch."""
 
 _width: str | None = None

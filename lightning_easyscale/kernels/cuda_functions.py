@@ -219,6 +219,7 @@ def normal_of(first, second):
     odd = (q & 1) != 0
     sine = tl.where(odd, b, a)
     cosine = tl.where(odd, a, b)
-    sine = tl.where((q & 2) != 0, -sine, sine)
-    cosine = tl.where(((q + 1) & 2) != 0, -cosine, cosine)
+    # Triton's minus subtracts from +0, which would lose the sign of a zero.
+    sine = tl.where((q & 2) != 0, sine * -1.0, sine)
+    cosine = tl.where(((q + 1) & 2) != 0, cosine * -1.0, cosine)
     return radius * cosine, radius * sine

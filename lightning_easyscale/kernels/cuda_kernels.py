@@ -95,8 +95,10 @@ def unary(x, out, n, WHICH: tl.constexpr, W: tl.constexpr):
         y = functions.log1p(v)
     elif WHICH == 4:
         y = functions.tanh(v)
-    else:
+    elif WHICH == 5:
         y = functions.erf(v)
+    else:
+        y = functions.square_root(v)
     tl.store(out + at, y, mask=at < n)
 
 

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from . import primitives
+from .arithmetic import add, divide, operand, square_root
 
 
 def arange(*limits: float, **options: Any) -> Tensor:
-    """``start + i * step``, made in double precision from whole numbers."""
+    """``start + i * step``, made from whole numbers, otherwise in double precision, and rounded to its type once."""
     start, end, step = {1: (0, *limits, 1), 2: (*limits, 1)}.get(len(limits), limits)
     dtype = options.pop("dtype", None)
     if all(isinstance(v, int) for v in (start, end, step)):
-        return torch.arange(start, end, step, dtype=dtype, **options)
+        return torch.arange(start, end, step, dtype=torch.int64, **options).to(dtype or torch.int64)
     count = max(0, math.ceil((end - start) / step))
     made = torch.arange(count, device=options.get("device")).double() * step + start
-    return made.to(dtype or torch.get_default_dtype())
+    return made.float().to(dtype or torch.get_default_dtype())
 
 
 def linspace(start: float, end: float, steps: int, **options: Any) -> Tensor:
@@ -32,7 +33,7 @@ def linspace(start: float, end: float, steps: int, **options: Any) -> Tensor:
     made = at * ((end - start) / max(1, steps - 1)) + start
     if steps > 1:
         made[-1] = end
-    return made.to(options.get("dtype") or torch.get_default_dtype())
+    return made.float().to(options.get("dtype") or torch.get_default_dtype())
 
 
 def elementary(name: str) -> Callable[[Tensor], Tensor]:
@@ -46,47 +47,54 @@ def elementary(name: str) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def add(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
-    """``x + alpha * other``: the product is rounded first."""
-    return torch.add(x, other if alpha == 1 else other * alpha)
-
-
-def sub(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
-    """``x - alpha * other``."""
-    return torch.sub(x, other if alpha == 1 else other * alpha)
-
-
-def rsub(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
-    """``other - alpha * x``."""
-    return torch.rsub(x if alpha == 1 else x * alpha, other)
-
-
 def addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
     """``x + (value * a) * b``."""
-    return x + (a if value == 1 else a * value) * b
+    return add(x, (a if value == 1 else a * value) * b)
 
 
 def addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
     """``x + (value * a) / b``."""
-    return x + (a if value == 1 else a * value) / b
+    return add(x, divide(a if value == 1 else a * value, b))
 
 
 def lerp(x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
     """``x + weight * (end - x)`` below a weight of one half, else ``end - (end - x) * (1 - weight)``."""
-    away = end - x
+    wide, last = x.float(), end.float()
+    away = last - wide
     if isinstance(weight, Tensor):
-        return torch.where(weight.abs() < 0.5, x + weight * away, end - away * (1 - weight))
-    return x + away * weight if abs(weight) < 0.5 else end - away * (1 - weight)
+        w = operand(weight, x)
+        made = torch.where(w.abs() < 0.5, wide + w * away, last - away * (1 - w))
+    else:
+        made = wide + away * weight if abs(weight) < 0.5 else last - away * (1 - weight)
+    return made.to(x.dtype)
 
 
 def rsqrt(x: Tensor) -> Tensor:
     """``1 / sqrt(x)``."""
-    return (1 / x.float().sqrt()).to(x.dtype)
+    return divide(1.0, square_root(x.float())).to(x.dtype)
+
+
+def threshold(x: Tensor, limit: float, value: float) -> Tensor:
+    """``aten::threshold``; the limit is compared in fp32."""
+    return torch.where(x.float() <= limit, torch.full((), value, dtype=x.dtype, device=x.device), x)
+
+
+def threshold_backward(dy: Tensor, x: Tensor, limit: float) -> Tensor:
+    """``aten::threshold_backward``."""
+    if limit == 0:  # which every type has
+        return torch.ops.aten.threshold_backward(dy, x, limit)
+    return torch.where(x.float() <= limit, torch.zeros_like(dy), dy)
+
+
+def hardtanh_backward(dy: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """``aten::hardtanh_backward``; the limits are compared in fp32."""
+    wide = x.float()
+    return torch.where((wide <= low) | (wide >= high), torch.zeros_like(dy), dy)
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """``1 / (1 + exp(-x))``."""
-    return (1 / (1 + primitives.unary("exp", -x.float()))).to(x.dtype)
+    return divide(1.0, 1 + primitives.unary("exp", -x.float())).to(x.dtype)
 
 
 def sigmoid_backward(dy: Tensor, y: Tensor) -> Tensor:
@@ -146,7 +154,7 @@ def gelu_backward(dy: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor
 def softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     """``log1p(exp(beta * x)) / beta``, and ``x`` above the threshold."""
     scaled = x.float() * beta
-    soft = primitives.unary("log1p", primitives.unary("exp", scaled)) / beta
+    soft = divide(primitives.unary("log1p", primitives.unary("exp", scaled)), beta)
     return torch.where(scaled > threshold, x.float(), soft).to(x.dtype)
 
 
@@ -154,7 +162,7 @@ def softplus_backward(dy: Tensor, x: Tensor, beta: float, threshold: float) -> T
     """``dy * (z / (1 + z))`` with ``z = exp(beta * x)``, and ``dy`` above the threshold."""
     scaled, g = x.float() * beta, dy.float()
     z = primitives.unary("exp", scaled)
-    return torch.where(scaled > threshold, g, g * (z / (z + 1))).to(dy.dtype)
+    return torch.where(scaled > threshold, g, g * divide(z, z + 1)).to(dy.dtype)
 
 
 def log_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,12 +190,12 @@ def power(x: Tensor | float, exponent: Tensor | float) -> Tensor:
             f"the power with exponent {exponent} has no D2 kernel. HINT: use the exponents 0, 0.5, 1, 2 or 3, or their"
             " negatives."
         )
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = x.float()
     size = abs(exponent)
     if size == 0.5:
-        made = wide.sqrt()
+        made = square_root(wide)
     else:
         made = torch.ones_like(wide)
         for i in range(int(size)):
             made = made * wide if i else wide.clone()
-    return (1 / made if exponent < 0 else made).to(x.dtype)
+    return (divide(1.0, made) if exponent < 0 else made).to(x.dtype)

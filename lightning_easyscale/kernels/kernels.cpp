@@ -197,6 +197,7 @@ extern "C" int es_unary(int which, const float* x, float* out, long n, int threa
     case 3: each(x, out, n, threads, [](float v) { return log1p_(v); }); break;
     case 4: each(x, out, n, threads, [](float v) { return tanh_(v); }); break;
     case 5: each(x, out, n, threads, [](float v) { return erf_(v); }); break;
+    case 6: each(x, out, n, threads, [](float v) { return std::sqrt(v); }); break;
     default: return 1;
   }
   return 0;

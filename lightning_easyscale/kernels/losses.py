@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import primitives
+from .arithmetic import divide
 from .reductions import mean, tree_sum
 
 _NONE, _MEAN = 0, 1  # torch's reductions; 2 is the sum
@@ -37,7 +38,7 @@ def nll_loss(
     if reduction == _NONE:
         return terms.view(target.shape).to(x.dtype), x.new_zeros(())
     total = tree_sum(scale)
-    loss = tree_sum(terms) / total if reduction == _MEAN else tree_sum(terms)
+    loss = divide(tree_sum(terms), total) if reduction == _MEAN else tree_sum(terms)
     return loss.to(x.dtype), total.to(x.dtype)
 
 
@@ -53,7 +54,7 @@ def nll_loss_backward(
     """``aten::nll_loss_backward`` and ``nll_loss2d_backward``."""
     rows, targets = (x[None], target[None]) if x.dim() == 1 else (x, target)
     safe, scale = _picked(targets, ignore_index, weight)
-    g = dy.float() / total_weight.float() if reduction == _MEAN else dy.float()
+    g = divide(dy.float(), total_weight.float()) if reduction == _MEAN else dy.float()
     terms = -scale * (g.view(targets.shape) if reduction == _NONE else g)
     made = torch.zeros_like(rows, dtype=torch.float32)
     made.scatter_(1, safe.unsqueeze(1), torch.where(scale != 0, terms, torch.zeros_like(terms)).unsqueeze(1))
@@ -69,7 +70,7 @@ def mse_loss(x: Tensor, target: Tensor, reduction: int = _MEAN) -> Tensor:
 def mse_loss_backward(dy: Tensor, x: Tensor, target: Tensor, reduction: int) -> Tensor:
     """``((x - target) * 2 / n) * dy``."""
     away = (x.float() - target.float()) * 2
-    return ((away / x.numel() if reduction == _MEAN else away) * dy.float()).to(x.dtype)
+    return ((divide(away, x.numel()) if reduction == _MEAN else away) * dy.float()).to(x.dtype)
 
 
 def l1_loss_terms(x: Tensor, beta: float) -> Tensor:
@@ -86,8 +87,8 @@ def smooth_l1_loss(x: Tensor, target: Tensor, reduction: int = _MEAN, beta: floa
 def smooth_l1_loss_backward(dy: Tensor, x: Tensor, target: Tensor, reduction: int, beta: float) -> Tensor:
     """``aten::smooth_l1_loss_backward``."""
     away = x.float() - target.float()
-    slope = torch.where(away.abs() < beta, away / beta, away.sign()) if beta > 0 else away.sign()
-    return ((slope / x.numel() if reduction == _MEAN else slope) * dy.float()).to(x.dtype)
+    slope = torch.where(away.abs() < beta, divide(away, beta), away.sign()) if beta > 0 else away.sign()
+    return ((divide(slope, x.numel()) if reduction == _MEAN else slope) * dy.float()).to(x.dtype)
 
 
 def bce_with_logits(

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arithmetic import divide, square_root
 from .reductions import tree_sum
 
 
 def _inverse_deviation(variance: Tensor, eps: float) -> Tensor:
-    return 1.0 / (variance + eps).sqrt()
+    return divide(1.0, square_root(variance + eps))
 
 
 def _moments(x: Tensor, dims: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Distances to the mean, mean and variance over `dims`, which are kept."""
-    mean = tree_sum(x, dims, True) / count
+    mean = divide(tree_sum(x, dims, True), count)
     away = x - mean
-    return away, mean, tree_sum(away * away, dims, True) / count
+    return away, mean, divide(tree_sum(away * away, dims, True), count)
 
 
 def _scale(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -32,8 +33,8 @@ def _scale(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def _gradient(g: Tensor, normal: Tensor, inverse: Tensor, dims: Sequence[int], count: int) -> Tensor:
     """Through a normalization: ``((g - mean(g)) - normal * mean(g * normal)) * inverse``."""
-    first = tree_sum(g, dims, True) / count
-    second = tree_sum(g * normal, dims, True) / count
+    first = divide(tree_sum(g, dims, True), count)
+    second = divide(tree_sum(g * normal, dims, True), count)
     return ((g - first) - normal * second) * inverse
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arithmetic import divide
 from .reductions import mean
 
 
@@ -96,8 +97,9 @@ def avg_pool2d(
     for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
         total += padded[..., _ends(i, 1, sh, rows), _ends(j, 1, sw, columns)]
     if divisor_override:
-        return (total / divisor_override).to(x.dtype)
-    return (total / _divisors(x, (rows, columns), kernel, (sh, sw), (ph, pw), count_include_pad)).to(x.dtype)
+        return divide(total, divisor_override).to(x.dtype)
+    counts = _divisors(x, (rows, columns), kernel, (sh, sw), (ph, pw), count_include_pad)
+    return divide(total, counts).to(x.dtype)
 
 
 def avg_pool2d_backward(
@@ -116,9 +118,8 @@ def avg_pool2d_backward(
     rows, columns = dy.shape[-2:]
     tall = _padded_size(x.shape[-2], rows, kernel[0], sh, ph, 1)
     wide = _padded_size(x.shape[-1], columns, kernel[1], sw, pw, 1)
-    share = dy.float() / (
-        divisor_override or _divisors(x, (rows, columns), kernel, (sh, sw), (ph, pw), count_include_pad)
-    )
+    counts = divisor_override or _divisors(x, (rows, columns), kernel, (sh, sw), (ph, pw), count_include_pad)
+    share = divide(dy.float(), counts)
     padded = torch.zeros(*x.shape[:-2], tall, wide, dtype=torch.float32, device=x.device)
     for i, j in itertools.product(range(kernel[0]), range(kernel[1])):
         padded[..., _ends(i, 1, sh, rows), _ends(j, 1, sw, columns)] += share
@@ -141,7 +142,7 @@ def adaptive_avg_pool2d_backward(dy: Tensor, x: Tensor) -> Tensor:
     vertical, horizontal = (_adaptive_windows(s, o) for s, o in zip(x.shape[-2:], dy.shape[-2:], strict=True))
     for (i, v), (j, h) in itertools.product(enumerate(vertical), enumerate(horizontal)):
         window = made[..., v, h]
-        window += dy[..., i : i + 1, j : j + 1].float() / (window.shape[-1] * window.shape[-2])
+        window += divide(dy[..., i : i + 1, j : j + 1].float(), window.shape[-1] * window.shape[-2])
     return made.to(x.dtype)
 
 

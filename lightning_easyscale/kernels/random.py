@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import primitives
+from .arithmetic import divide
 
 _WORD = torch.iinfo(torch.int64)
 
@@ -54,7 +55,7 @@ def bernoulli(x: Tensor, p: float | None = None, generator: torch.Generator | No
 
 def _noise(kept: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
     """1 / keep where kept, else 0, as torch's composite dropout makes it."""
-    return kept.to(dtype) / keep
+    return divide(kept.to(dtype), keep)
 
 
 def dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import primitives
+from .arithmetic import divide, square_root
 
 Dims = int | Sequence[int] | None
 
@@ -54,7 +55,7 @@ def _count(x: Tensor, dim: Dims) -> int:
 def mean(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """The sum, divided by the number of elements."""
     target = dtype or x.dtype
-    return (tree_sum(x, dim, keepdim, dtype=torch.float32) / _count(x, dim)).to(target)
+    return divide(tree_sum(x, dim, keepdim, dtype=torch.float32), _count(x, dim)).to(target)
 
 
 def var_mean(
@@ -64,7 +65,7 @@ def var_mean(
     centre = mean(x, dim, True, dtype=torch.float32)
     away = x.float() - centre
     count = max(0.0, _count(x, dim) - (1 if correction is None else correction))
-    variance = tree_sum(away * away, dim, keepdim) / count
+    variance = divide(tree_sum(away * away, dim, keepdim), count)
     return variance.to(x.dtype), centre.view(variance.shape).to(x.dtype)
 
 
@@ -75,7 +76,7 @@ def var(x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim
 
 def std(x: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
     """Root of the variance."""
-    return var_mean(x.float(), dim, correction=correction, keepdim=keepdim)[0].sqrt().to(x.dtype)
+    return square_root(var_mean(x.float(), dim, correction=correction, keepdim=keepdim)[0]).to(x.dtype)
 
 
 def vector_norm(
@@ -102,7 +103,7 @@ def vector_norm(
     if ord == 1:
         return tree_sum(wide.abs(), dim, keepdim).to(target)
     if ord == 2:
-        return tree_sum(wide * wide, dim, keepdim).sqrt().to(target)
+        return square_root(tree_sum(wide * wide, dim, keepdim)).to(target)
     raise NotImplementedError(f"the norm of order {ord} has no D2 kernel. HINT: use the order 0, 1, 2 or infinity.")
 
 
@@ -118,7 +119,7 @@ def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
         return torch.empty_like(x, dtype=target)
     x = x.float()
     e = primitives.unary("exp", x - x.amax(dim, keepdim=True))
-    return (e / tree_sum(e, dim, True)).to(target)
+    return divide(e, tree_sum(e, dim, True)).to(target)
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import elementwise, linear, losses, normalization, pooling, random, reductions, scatter
+from . import arithmetic, elementwise, linear, losses, normalization, pooling, random, reductions, scatter
 
 _VIEWS = """
     alias as_strided detach diagonal expand lift lift_fresh permute select slice split split_with_sizes squeeze t
@@ -34,15 +34,15 @@ _MOVES = """
 """
 _COMPARISONS = """
     all amax amin aminmax any argmax argmin bitwise_and bitwise_not bitwise_or bitwise_xor clamp clamp_max clamp_min eq
-    equal fmax fmin ge gt hardtanh hardtanh_backward isin isinf isnan isneginf isposinf le logical_and logical_not
-    logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit threshold
-    threshold_backward where
+    equal fmax fmin ge gt hardtanh isin isinf isnan isneginf isposinf le logical_and logical_not
+    logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit
+    where
 """
 # One correctly rounded operation per element.
 _ROUNDED_ONCE = """
-    abs ceil copysign div floor fmod frac leaky_relu leaky_relu_backward mul nan_to_num neg reciprocal remainder round
-    sqrt trunc _foreach_abs _foreach_clamp_max _foreach_clamp_min _foreach_copy _foreach_div _foreach_maximum
-    _foreach_minimum _foreach_mul _foreach_neg _foreach_reciprocal _foreach_sqrt _foreach_zero
+    abs ceil copysign floor frac leaky_relu leaky_relu_backward mul nan_to_num neg round trunc _foreach_abs
+    _foreach_clamp_max _foreach_clamp_min _foreach_copy _foreach_maximum _foreach_minimum _foreach_mul _foreach_neg
+    _foreach_zero
     _amp_foreach_non_finite_check_and_unscale _amp_update_scale
 """
 
@@ -107,9 +107,18 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "smooth_l1_loss": losses.smooth_l1_loss,
     "smooth_l1_loss_backward": losses.smooth_l1_loss_backward,
     "binary_cross_entropy_with_logits": losses.bce_with_logits,
-    "add": elementwise.add,
-    "sub": elementwise.sub,
-    "rsub": elementwise.rsub,
+    "add": arithmetic.add,
+    "sub": arithmetic.sub,
+    "rsub": arithmetic.rsub,
+    "div": arithmetic.divide,
+    "floor_divide": arithmetic.floor_divide,
+    "fmod": arithmetic.fmod,
+    "remainder": arithmetic.remainder,
+    "sqrt": arithmetic.square_root,
+    "reciprocal": arithmetic.reciprocal,
+    "hardtanh_backward": elementwise.hardtanh_backward,
+    "threshold": elementwise.threshold,
+    "threshold_backward": elementwise.threshold_backward,
     "addcmul": elementwise.addcmul,
     "addcdiv": elementwise.addcdiv,
     "lerp": elementwise.lerp,

@@ -109,6 +109,23 @@ CASES: dict[str, Case] = {
     "log": Case(torch.log, ((3000,),), positive=True),
     "log1p": Case(torch.log1p, ((3000,),), positive=True),
     "rsqrt": Case(torch.rsqrt, ((3000,),), positive=True),
+    "sqrt": Case(torch.sqrt, ((3000,),), positive=True),
+    "reciprocal": Case(torch.reciprocal, ((3000,),), positive=True),
+    "division by a number": Case(lambda x: x / 7, ((3000,),)),
+    "division of a number": Case(lambda x: 3 / x, ((3000,),), positive=True),
+    "division": Case(torch.div, ((3000,), (3000,)), positive=True),
+    "division by a tensor of the CPU": Case(lambda x: x / torch.tensor(0.3), ((3000,),)),
+    "remainder": Case(lambda x: x.remainder(0.3) * x, ((3000,),)),
+    "floor division": Case(lambda x: x.div(0.3, rounding_mode="floor") * x, ((3000,),)),
+    "sums with numbers": Case(lambda x: (x + 0.1) * (x - 0.3) * (1 - x), ((3000,),)),
+    "scaled sums": Case(lambda x, y: x.add(y, alpha=0.3) * x.sub(y, alpha=0.7), ((3000,), (3000,))),
+    "products with numbers": Case(lambda x: x * 0.1 * x, ((3000,),)),
+    "addcmul": Case(lambda x, y, z: torch.addcmul(x, y, z, value=0.3), ((3000,),) * 3),
+    "addcdiv": Case(lambda x, y, z: torch.addcdiv(x, y, z, value=0.3), ((3000,),) * 3, positive=True),
+    "lerp": Case(lambda x, y: torch.lerp(x, y, 0.1) * torch.lerp(x, y, 0.8), ((3000,),) * 2),
+    "powers": Case(lambda x: x**3 * x**-2 + x**0.5, ((3000,),), positive=True),
+    "leaky_relu": Case(lambda x: F.leaky_relu(x, 0.1), ((3000,),)),
+    "limits": Case(lambda x: F.hardtanh(x, -0.3, 0.7) * F.threshold(x, 0.1, -0.3) * F.relu6(x), ((3000,),)),
     "relu": Case(F.relu, ((3000,),)),
     "attention": Case(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), ((2, 3, 17, 8),) * 3),
 }
@@ -156,7 +173,28 @@ def differences(a: list[Tensor], b: list[Tensor]) -> list[str]:
     if len(a) != len(b):
         return [f"{len(a)} and {len(b)} results"]
     return [
-        f"result {i}: {int((x != y).sum())} of {x.numel()} elements, up to {float((x.float() - y.float()).abs().max())}"
+        f"result {i} {list(x.shape)}: " + difference(x, y)
         for i, (x, y) in enumerate(zip(a, b, strict=True))
         if not same_bits(x, y)
     ]
+
+
+def difference(x: Tensor, y: Tensor) -> str:
+    """Where two tensors differ: how often, and for the first places the index, both bit patterns and the distance."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return f"{list(x.shape)} {x.dtype} and {list(y.shape)} {y.dtype}"
+    if x.element_size() not in (2, 4) or not x.is_floating_point():
+        return f"{int((x != y).sum())} of {x.numel()} elements"
+    size = 8 * x.element_size()
+    first, second = (t.contiguous().view(-1).view({32: torch.int32, 16: torch.int16}[size]).long() for t in (x, y))
+    places = ((first != second) & ~(x.isnan() & y.isnan()).view(-1)).nonzero().flatten()
+    # Units in the last place between two numbers: the distance of their positions in ascending order.
+    order = [torch.where(t < 0, -(t & (2 ** (size - 1) - 1)), t) for t in (first, second)]
+    ulps = (order[0] - order[1]).abs()[places]
+    digits, flat = size // 4, (x.reshape(-1), y.reshape(-1))
+    shown = (
+        f"[{i}] {int(first[i]) % 2**size:0{digits}x} {int(second[i]) % 2**size:0{digits}x}"
+        f" ({float(flat[0][i])!r} {float(flat[1][i])!r})"
+        for i in places[:4].tolist()
+    )
+    return f"{len(places)} of {x.numel()} differ, {int(ulps.min())} to {int(ulps.max())} ulp: " + "; ".join(shown)

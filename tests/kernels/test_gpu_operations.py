@@ -9,6 +9,7 @@ from torch import nn
 from lightning_easyscale.kernels import build, portable
 
 from .cases import CASES, differences, operands, run
+from .mirror import Mirror
 from .training import convolutional, losses_and_parameters, transformer
 
 pytestmark = [
@@ -67,3 +68,12 @@ def test_random_operations_have_the_cpus_bits(kind):
 def test_twenty_training_steps_have_the_cpus_bits(model, optimizer):
     expected = losses_and_parameters(model, optimizer, device="cpu", steps=20)
     assert differences(expected, losses_and_parameters(model, optimizer, device="cuda", steps=20)) == []
+
+
+@pytest.mark.parametrize("model", [convolutional, transformer])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_every_operation_of_a_training_step_has_the_cpus_bits(model, optimizer):
+    mirror = Mirror()
+    losses_and_parameters(model, optimizer, device="cuda", steps=3, mode=mirror)
+    assert mirror.calls > 100
+    assert mirror.found == []

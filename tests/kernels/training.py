@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from lightning_easyscale.kernels import portable
+from lightning_easyscale.kernels import PortableMode, common_paths
 
 
 def convolutional() -> tuple[nn.Module, Tensor]:
@@ -45,8 +46,9 @@ def losses_and_parameters(
     steps: int,
     threads: int | None = None,
     stock: bool = False,
+    mode: AbstractContextManager[object] | None = None,
 ) -> list[Tensor]:
-    """Each step's loss, then all parameters and buffers, on the CPU."""
+    """Each step's loss, then all parameters and buffers, on the CPU; under the portable policy, `mode` or neither."""
     torch.manual_seed(11)
     net, batch = model()
     target = torch.randint(0, 10, (len(batch),)).to(device)
@@ -73,6 +75,6 @@ def losses_and_parameters(
     if stock:
         train()
     else:
-        with portable():
+        with common_paths(), mode or PortableMode():
             train()
     return [x.float().cpu() for x in (*losses, *(p.detach() for p in net.parameters()), *net.buffers())]
