@@ -50,7 +50,7 @@ def sum_middle(x: Tensor) -> Tensor:
 
 
 def unary(name: str, x: Tensor) -> Tensor:
-    """An elementary function: ``exp``, ``expm1``, ``log``, ``log1p``, ``tanh``, ``erf`` or ``sqrt``; keeps the memory format."""
+    """An elementary function, one of `cpu.UNARY`; keeps the memory format."""
     if x.numel() == 0:
         return torch.empty_like(x)
     made = torch.empty_like(x)  # dense, with the strides that torch gives the result

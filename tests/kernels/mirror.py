@@ -1,4 +1,4 @@
-"""A mode that computes every operation twice, on the device it is called on and on the CPU, and notes differing bits."""
+"""A mode that computes every operation twice, on the device it is called on and on the CPU, and notes other bits."""
 
 from __future__ import annotations
 
