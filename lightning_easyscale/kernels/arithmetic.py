@@ -1,9 +1,9 @@
 """Arithmetic that rounds once per element: in fp32, then to the type of the result.
 
 Not all of torch's kernels do. On CUDA a division by a number multiplies by the number's reciprocal; on the CPU a square
-root is MKL's, which is one unit off for a seventh of all arguments; a sum of a bf16 tensor and a number rounds the number
-to bf16 on the CPU and not on CUDA; a bf16 range adds rounded numbers on the CPU; the remainder of a vector is inexact
-for large quotients. These are the forms that have no such freedom.
+root is MKL's, which is one unit off for a seventh of all arguments; a sum of a bf16 tensor and a number rounds the
+number to bf16 on the CPU and not on CUDA; a bf16 range adds rounded numbers on the CPU; the remainder of a vector is
+inexact for large quotients. These are the forms that have no such freedom.
 """
 
 from __future__ import annotations
