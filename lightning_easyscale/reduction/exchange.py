@@ -91,7 +91,7 @@ class _Exchange:
             wire.gather_slices(everyone.view(-1), [slice(e * one, (e + 1) * one) for e in range(wire.size)])
             return everyone.amax(0)
 
-        return self._lane.submit(job, flags.device)
+        return self._lane.submit(job, [flags])
 
     def close(self) -> None:
         """See `Reduction.close`."""
@@ -132,13 +132,13 @@ class RingReduction(_Exchange):
     def start(self, index: int, local: list[Tensor]) -> Pending:
         """See `Reduction.start`."""
         self._check(index, local)
-        device, wire = local[-1].device, self._wire
+        wire = self._wire
         if wire is None:
-            return self._lane.submit(lambda: ring_fold(local, consume=True), device)
-        if self._one_est_each() and (self.n == 2 or backend_name(wire.group, device) == "gloo"):
+            return self._lane.submit(lambda: ring_fold(local, consume=True), local)
+        if self._one_est_each() and (self.n == 2 or backend_name(wire.group, local[-1].device) == "gloo"):
             # Among single ESTs gloo's own all-reduce is the order; for two of them any is, since addition commutes.
             return Running(wire.all_reduce(local[0]), local[0])
-        return self._lane.submit(lambda: self._ring(wire, local), device)
+        return self._lane.submit(lambda: self._ring(wire, local), local)
 
     def _ring(self, wire: Wire, local: list[Tensor]) -> Tensor:
         last, bottom = local[-1], self.ests.start
@@ -212,12 +212,12 @@ class TreeReduction(_Exchange):
                 f"`blocks` of bucket {index} are not the partial sums of ESTs {self.ests}."
                 " HINT: pass what `TreeFold.partials()` returned for this executor's range."
             )
-        device, wire = blocks[0].total.device, self._wire
+        wire, totals = self._wire, [block.total for block in blocks]
         if wire is None:
-            return self._lane.submit(lambda: combine(blocks), device)
+            return self._lane.submit(lambda: combine(blocks), totals)
         if self.n == 2:
-            return Running(wire.all_reduce(blocks[0].total), blocks[0].total)
-        return self._lane.submit(lambda: self._scatter_fold_gather(wire, blocks), device)
+            return Running(wire.all_reduce(totals[0]), totals[0])
+        return self._lane.submit(lambda: self._scatter_fold_gather(wire, blocks), totals)
 
     def _scatter_fold_gather(self, wire: Wire, blocks: list[Block]) -> Tensor:
         flat = blocks[0].total
@@ -266,7 +266,7 @@ class NativeReduction(_Exchange):
         for flat in local[1:]:
             total.add_(flat.to(total.device, non_blocking=True))
         if self._wire is None:
-            return self._lane.submit(lambda: total, total.device)
+            return self._lane.submit(lambda: total, [total])
         return Running(self._wire.all_reduce(total), total)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -91,13 +91,15 @@ class Lane:
         self._thread: threading.Thread | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def submit(self, job: Job, device: torch.device) -> Pending:
-        """Start `job`, whose inputs are ready on the current stream of `device`.
+    def submit(self, job: Job, inputs: Sequence[Tensor]) -> Pending:
+        """Start `job`, whose inputs are ready on the current stream of their device.
 
         Args:
-            job: communicates and returns the flat result; its inputs stay untouched by the caller until `wait`.
-            device: where inputs and result live.
+            job: communicates and returns the flat result.
+            inputs: what it reads, the last one on the device of the result; untouched by the caller until `wait`, but
+                nobody needs to hold them.
         """
+        device = inputs[-1].device
         pending = Submitted(device)
         if self._group is None:
             pending.run(job)
@@ -107,9 +109,9 @@ class Lane:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(device))
             if backend_name(self._group, device) == "gloo":
-                self._enqueue(lambda: self._on_stream(pending, job, device, ready))
+                self._enqueue(lambda: self._on_stream(pending, job, inputs, ready))
             else:
-                self._on_stream(pending, job, device, ready)
+                self._on_stream(pending, job, inputs, ready)
         return pending
 
     def close(self) -> None:
@@ -119,11 +121,17 @@ class Lane:
             self._jobs.put(None)
             thread.join()
 
-    def _on_stream(self, pending: Submitted, job: Job, device: torch.device, ready: torch.cuda.Event) -> None:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        with torch.cuda.device(device), torch.cuda.stream(self._streams[device]):
-            ready.wait(self._streams[device])
+    def _on_stream(self, pending: Submitted, job: Job, inputs: Sequence[Tensor], ready: torch.cuda.Event) -> None:
+        device = inputs[-1].device
+        stream = self._streams.get(device)
+        if stream is None:
+            stream = self._streams[device] = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            ready.wait(stream)
+            # Else the allocator gives the memory of an input that nobody holds any more to the stream it came from.
+            for tensor in inputs:
+                if tensor.is_cuda:
+                    tensor.record_stream(stream)
             pending.run(job)
 
     def _enqueue(self, run: Callable[[], None]) -> None:

@@ -177,7 +177,9 @@ class VirtualProcessGroup(_ProcessGroup):
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
         """Every member's tensor, concatenated in rank order."""
         results = self._meet(_tag("all_gather_single", [tensor]), [tensor], computed.gather_all)
-        copy_into([output], [torch.cat([part.reshape(-1) for (part,) in results]).view(output.shape)])
+        # What comes from other executors lies in host memory.
+        parts = [part.reshape(-1).to(output.device) for (part,) in results]
+        copy_into([output], [torch.cat(parts).view(output.shape)])
         return done([output])
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:

@@ -56,6 +56,11 @@ def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], 
             if offload:
                 local[:-1] = [to_host(part) for part in local[:-1]]
             pending.append((size, reduction.start(index, local)))
+            # What the reduction still reads, though nobody holds it, must not be handed out again.
+            count = len(local)
+            del local
+            for _ in range(count):
+                torch.full((size,), torch.nan, device="cuda")
         flags = reduction.share(torch.tensor([rank], dtype=torch.int32, device="cuda"))
         for size, handle in pending:
             if not torch.equal(handle.wait().cpu(), fold(inputs(where.num_ests, size, torch.float32))):

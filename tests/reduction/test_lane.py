@@ -27,9 +27,9 @@ def lane_in_a_group(group: dist.ProcessGroup, rank: int) -> list[object]:
     def failing() -> torch.Tensor:
         raise ConnectionError("the peer is gone")
 
-    first = lane.submit(lambda: job(1), torch.device("cpu"))
-    broken = lane.submit(failing, torch.device("cpu"))
-    second = lane.submit(lambda: job(2), torch.device("cpu"))
+    first = lane.submit(lambda: job(1), [torch.zeros(())])
+    broken = lane.submit(failing, [torch.zeros(())])
+    second = lane.submit(lambda: job(2), [torch.zeros(())])
     submitted_without_waiting = not ran
     release.set()
     values = [int(second.wait()), int(first.wait()), int(first.wait())]
@@ -37,7 +37,7 @@ def lane_in_a_group(group: dist.ProcessGroup, rank: int) -> list[object]:
         broken.wait()
     lane.close()
     threads = [t.name for t in threading.enumerate() if t.name == "easyscale-reduction" and t not in before]
-    again = int(lane.submit(lambda: job(3), torch.device("cpu")).future().wait())
+    again = int(lane.submit(lambda: job(3), [torch.zeros(())]).future().wait())
     lane.close()
     return [submitted_without_waiting, values, ran, threads, again]
 
@@ -49,6 +49,6 @@ def test_jobs_run_in_order_beside_the_caller_and_errors_reach_the_waiter(pool: P
 
 def test_without_other_executors_a_job_runs_at_once() -> None:
     ran = []
-    pending = Lane(None).submit(lambda: ran.append(1) or torch.ones(1), torch.device("cpu"))
+    pending = Lane(None).submit(lambda: ran.append(1) or torch.ones(1), [torch.zeros(())])
     assert ran == [1]
     assert torch.equal(pending.wait(), torch.ones(1))

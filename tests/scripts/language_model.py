@@ -65,7 +65,7 @@ class LanguageModel(pl.LightningModule):
 def main() -> None:
     options = parse()
     pl.seed_everything(42, workers=True)
-    train, val = torch.utils.data.random_split(Text(), [200, 40])
+    train, val = torch.utils.data.random_split(Text(), [0.8, 0.2])
     fitter = trainer(
         options,
         LearningRateMonitor("step"),
