@@ -5,8 +5,11 @@ Their data is made once and held in memory, so that a step's time is the loop's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -100,3 +103,28 @@ def loader(model: str, image_size: int, batch_size: int, batches: int) -> DataLo
     """`batches` batches in all, over all ranks; loaded in the main process."""
     size = 1 if model == "empty" else image_size
     return DataLoader(_Samples(size, batches * batch_size), batch_size=batch_size)
+
+
+class _Repeated(Dataset[Any]):
+    def __init__(self, batch: Any, length: int) -> None:
+        self.batch, self.length = batch, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batch
+
+
+def repeated(data: pl.LightningDataModule, batches: int, *, pin: bool) -> DataLoader[Any]:
+    """The first training batch of `data` again and again, `batches` times over all ranks; loading it costs nothing.
+
+    Args:
+        data: of a workload.
+        batches: over all ranks.
+        pin: keep it in pinned memory.
+    """
+    batch = next(iter(data.train_dataloader()))
+    if pin:
+        batch = apply_to_collection(batch, Tensor, Tensor.pin_memory)
+    return DataLoader(_Repeated(batch, batches), batch_size=None)

@@ -1,18 +1,17 @@
 """One side of an interleaved comparison, in processes of its own.
 
-``python -m recipes._bench_worker spec.json`` trains in blocks of a few steps. After the warm-up it writes ``ready``.
-Before each block every process waits until the file ``go`` in the side's directory allows it, so that only one side
-computes at a time; after it rank 0 adds a line to ``done``. A block's time runs from the start of its first step on the
-lead to the start of the next block's, data loading included, and waits for the device first.
+Each process calls `run_file` and trains in blocks of a few steps. After the warm-up it writes how much memory it has
+used into ``ready.<rank>``. Before each block it waits until the file ``go`` in the side's directory allows it, so that
+only one side computes at a time; after it rank 0 adds a line to ``done``. A block's time runs from the start of its
+first step on the lead to the start of the next block's, data loading included, and waits for the device first.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ class Side:
     """What one side of a comparison runs.
 
     Args:
-        kind: ``accumulate`` (stock, one process), ``ddp`` (stock, one process per worker) or ``easyscale``.
+        kind: ``accumulate`` (stock, one process), ``ddp`` (stock, one process per worker, each with a device of its
+            own), ``packing`` (stock DDP over gloo, all processes on one device) or ``easyscale``.
         model: see `_bench_models.MODELS`; or ``collectives``, which times each of `COLLECTIVES` instead of steps.
         workers: batches per step: accumulated ones, DDP ranks or ESTs.
         executors: processes.
@@ -42,6 +42,11 @@ class Side:
         reduction: of EasyScale.
         directory: where the side waits and reports.
         workload: fields of `WorkloadConf` to train instead of ``model``; its data is synthetic.
+        precision: of the Trainer.
+        offload: EasyScale's ``gradient_offload``.
+        repeats: one batch is made once and trained on again and again, so that data costs nothing.
+        slices: report how long each EST has held the baton.
+        releases: free the allocator's cache after the warm-up, once ``go`` holds -1.
     """
 
     kind: str
@@ -58,6 +63,19 @@ class Side:
     reduction: str
     directory: str
     workload: dict[str, Any] | None = None
+    precision: str = "32-true"
+    offload: str | None = None
+    repeats: bool = False
+    slices: bool = False
+    releases: bool = False
+
+    def ranks(self) -> list[dict[str, str]]:
+        """For each process, the variables that tell it which one it is."""
+        if self.kind == "packing":
+            return [{"NODE_RANK": str(rank), "LOCAL_RANK": "0"} for rank in range(self.workers)]
+        if self.executors == 1:
+            return [{}]
+        return [{"NODE_RANK": "0", "LOCAL_RANK": str(rank)} for rank in range(self.executors)]
 
     def write(self) -> Path:
         """Keep the side as a file for its processes."""
@@ -68,36 +86,40 @@ class Side:
 
 
 class Gate:
-    """The worker's end of the two files.
+    """The worker's end of the files.
 
     Args:
         directory: of the side.
-        reports: whether this process tells how long blocks took.
+        rank: of this process; the first tells how long blocks took.
     """
 
-    def __init__(self, directory: str, *, reports: bool) -> None:
+    def __init__(self, directory: str, rank: int) -> None:
         self._go = Path(directory) / "go"
-        self._done = Path(directory) / "done"
-        self._reports = reports
+        self._rank = rank
+
+    def say(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Write the file ``what`` of this process."""
+        file = self._go.with_name(f"{what}.{self._rank}")
+        temporary = file.with_name(f"new.{file.name}")
+        temporary.write_text(json.dumps(facts))
+        temporary.replace(file)
 
     def wait(self, block: int) -> None:
-        """Say at the first block that the warm-up is over; return when `block` may run.
+        """Return when `block` may run.
 
         Raises:
             TimeoutError: if nobody allows it.
         """
-        if block == 0 and self._reports:
-            self._go.with_name("ready").write_text("\n")
         began = time.monotonic()
-        while not (self._go.exists() and int(self._go.read_text() or -1) >= block):
+        while not (self._go.exists() and int(self._go.read_text()) >= block):
             if time.monotonic() - began > _PATIENCE_S:
                 raise TimeoutError(f"nobody allowed block {block} for {_PATIENCE_S:.0f} s.")
             time.sleep(_POLL_S)
 
-    def report(self, entry: dict[str, Any]) -> None:
+    def report(self, entry: Mapping[str, Any]) -> None:
         """Add a line to ``done``."""
-        if self._reports:
-            with self._done.open("a") as file:
+        if self._rank == 0:
+            with self._go.with_name("done").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
 
@@ -107,7 +129,8 @@ def main(side: Side) -> None:
     import torch
     import torch.distributed as dist
 
-    from ._bench_models import BenchModule, loader
+    from ._bench_models import BenchModule, loader, repeated
+    from ._bench_slices import Slices
     from .workloads import build
 
     def synchronize() -> None:
@@ -118,12 +141,17 @@ def main(side: Side) -> None:
         """Runs the training loop block by block."""
 
         gate: Gate | None = None
+        slices: Slices | None = None
         began = began_cpu = 0.0
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             # Clones of the callback in other ESTs do not wait: the lead holds the baton while it does.
             if getattr(trainer.strategy, "is_lead", True):
-                self.gate = Gate(side.directory, reports=trainer.global_rank == 0)
+                session = getattr(trainer.strategy, "session", None)
+                self.gate = Gate(side.directory, session.peers.index if session else trainer.global_rank)
+                if side.slices and session is not None:
+                    on_device = trainer.strategy.root_device.type == "cuda"
+                    self.slices = Slices(session.contexts, on_device=on_device)
             if side.model == "collectives":
                 self.collectives(trainer)
 
@@ -135,12 +163,31 @@ def main(side: Side) -> None:
             if self.gate is None or rest or block < 0 or side.model == "collectives":
                 return
             if block > 0:
+                if self.slices is not None:
+                    self.slices.end()
                 synchronize()
                 seconds, cpu = time.perf_counter() - self.began, time.process_time() - self.began_cpu
-                self.gate.report({"seconds": seconds / side.steps, "cpu": cpu / side.steps, **facts(trainer)})
+                entry = {"seconds": seconds / side.steps, "cpu": cpu / side.steps, **memory(), **counts(trainer)}
+                if self.slices is not None:
+                    entry["slices"] = {rank: s / side.steps for rank, s in self.slices.seconds().items()}
+                self.gate.report(entry)
+            else:
+                self.warmed_up()
             self.gate.wait(block)
             synchronize()
             self.began, self.began_cpu = time.perf_counter(), time.process_time()
+            if self.slices is not None:
+                self.slices.begin()
+
+        def warmed_up(self) -> None:
+            assert self.gate is not None
+            synchronize()
+            self.gate.say("ready", memory())
+            if side.releases:
+                self.gate.wait(-1)
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
+                self.gate.say("idle", {})
 
         def collectives(self, trainer: pl.Trainer) -> None:
             device = trainer.strategy.root_device
@@ -169,6 +216,8 @@ def main(side: Side) -> None:
             for block in range(-1, side.blocks):
                 dist.barrier()
                 if self.gate is not None and block >= 0:
+                    if block == 0:
+                        self.warmed_up()
                     self.gate.wait(block)
                 entry = {}
                 for name, call in zip(COLLECTIVES, calls, strict=True):
@@ -184,23 +233,16 @@ def main(side: Side) -> None:
                 if self.gate is not None and block >= 0:
                     self.gate.report(entry)
 
-    def facts(trainer: pl.Trainer) -> dict[str, Any]:
-        """Memory of this process in bytes, and what the runtime has counted so far."""
-        out: dict[str, Any] = {"rss": resident(), "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        if torch.cuda.is_initialized():
-            out["allocated"] = torch.cuda.max_memory_allocated()
-            free, total = torch.cuda.mem_get_info()
-            out["device"] = total - free
+    def counts(trainer: pl.Trainer) -> dict[str, Any]:
+        """What the runtime has counted so far."""
         session = getattr(trainer.strategy, "session", None)
-        if session is not None:
-            executor = session.executor
-            out["counts"] = {
-                "switches": executor.switches,
-                "meetings": executor.meetings,
-                "physical": executor.peers.physical_collectives,
-            }
-        return out
+        if session is None:
+            return {}
+        executor = session.executor
+        physical = executor.peers.physical_collectives
+        return {"counts": {"switches": executor.switches, "meetings": executor.meetings, "physical": physical}}
 
+    torch.set_num_threads(side.threads)
     pl.seed_everything(1, verbose=False)
     collective = side.model == "collectives"
     model = "empty" if collective else side.model
@@ -210,6 +252,7 @@ def main(side: Side) -> None:
         **_arguments(side),
         accelerator=side.accelerator,
         accumulate_grad_batches=accumulated,
+        precision=side.precision,  # type: ignore[arg-type]
         max_steps=steps,
         max_epochs=1,
         logger=False,
@@ -222,16 +265,25 @@ def main(side: Side) -> None:
     if side.workload is not None:
         samples = steps * side.workers * side.batch_size
         module, data = build({**side.workload, "data": "synthetic", "samples": samples}, side.directory)
-        trainer.fit(module, datamodule=data)
+        if side.repeats:
+            trainer.fit(module, repeated(data, steps * side.workers, pin=side.accelerator == "gpu"))
+        else:
+            trainer.fit(module, datamodule=data)
         return
     trainer.fit(
         BenchModule(model, side.image_size), loader(model, side.image_size, side.batch_size, steps * side.workers)
     )
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory() -> dict[str, int]:
+    """Bytes that this process uses, and at most has used so far: in all, and of the device."""
+    import torch
+
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    out = {"rss": resident, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_initialized():
+        out |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return out
 
 
 def _arguments(side: Side) -> dict[str, Any]:
@@ -242,15 +294,22 @@ def _arguments(side: Side) -> dict[str, Any]:
         return {"strategy": "auto", "devices": 1, "callbacks": stock}
     if side.kind == "ddp":
         return {"strategy": "ddp", "devices": side.executors, "callbacks": stock}
+    if side.kind == "packing":
+        from lightning.pytorch.strategies import DDPStrategy
+
+        strategy = DDPStrategy(process_group_backend="gloo")
+        return {"strategy": strategy, "devices": 1, "num_nodes": side.workers, "callbacks": stock}
     from lightning_easyscale import EasyScaleStrategy
 
     strategy = EasyScaleStrategy(
         num_ests=side.workers,
         threads_per_est=side.threads,
         reduction=side.reduction,  # type: ignore[arg-type]
+        gradient_offload=side.offload,  # type: ignore[arg-type]
     )
     return {"strategy": strategy, "devices": side.executors}
 
 
-if __name__ == "__main__":
-    main(Side(**json.loads(Path(sys.argv[1]).read_text())))
+def run_file(file: Path) -> None:
+    """Run the side in a file."""
+    main(Side(**json.loads(file.read_text())))

@@ -123,6 +123,11 @@ def run(spec: RunSpec) -> None:
     trainer.fit(module, datamodule=datamodule, ckpt_path=spec.resume)
 
 
+def run_file(file: Path) -> None:
+    """Run the spec in a file."""
+    run(RunSpec.load(str(file)))
+
+
 def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
     """Stock DDP: nothing of ours but the level's flags."""
     from lightning.pytorch.strategies import DDPStrategy
@@ -168,4 +173,4 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("MPLBACKEND", "Agg")
-    run(RunSpec.load(sys.argv[1]))
+    run_file(Path(sys.argv[1]))

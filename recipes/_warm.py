@@ -1,7 +1,8 @@
 """Start the processes of many short runs quickly: fork them from one process that has imported everything.
 
 `WarmProcesses` keeps that process. A run is started as a cluster manager would: one process per executor, each told by
-the environment which one it is and where to meet. A process writes ``<log>.status`` when it ends; one that vanishes
+the environment which one it is and where to meet. The warm process touches no GPU, so that those forked from it may:
+what it imports asks NVML alone which there are. A process writes ``<log>.status`` when it ends; one that vanishes
 without has failed. All of them end with the process that started them.
 """
 
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from ._runs import RunFailedError, _count, _tail, child_environment
 from ._stage import RunSpec
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_STAGES = (f"{__package__}._stage", f"{__package__}._stage_callbacks", f"{__package__}.workloads.classification")
 
 
 class WarmRun:
@@ -81,6 +85,12 @@ class WarmRun:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def wait_until_gone(self, timeout_s: float = 30.0) -> None:
+        """Wait until no process is left, however it ended, or some seconds have passed."""
+        deadline = time.monotonic() + timeout_s
+        while any(map(_alive, self.pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
 
 class WarmProcesses:
     """Starts runs from one warm process.
@@ -88,13 +98,14 @@ class WarmProcesses:
     Args:
         environment: instruction-set variables of all runs, complete as for `apply_environment`.
         threads: CPU threads of each process.
+        modules: what to import beside Lightning and EasyScale; what is not installed is left to the run that needs it.
     """
 
-    def __init__(self, environment: dict[str, str], *, threads: int = 1) -> None:
+    def __init__(self, environment: dict[str, str], *, threads: int = 1, modules: Sequence[str] = _STAGES) -> None:
         full = child_environment(environment)
-        full.update(OMP_NUM_THREADS=str(threads), MPLBACKEND="Agg")
+        full.update(OMP_NUM_THREADS=str(threads), MPLBACKEND="Agg", PYTORCH_NVML_BASED_CUDA_CHECK="1")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}._warm"],
+            [sys.executable, "-m", f"{__package__}._warm", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -115,20 +126,34 @@ class WarmProcesses:
             spec: the run.
             log: where the processes write, without their number.
         """
-        assert self._process.stdin is not None
         log.parent.mkdir(parents=True, exist_ok=True)
         Path(spec.save).parent.mkdir(parents=True, exist_ok=True)
         file = log.with_suffix(".json")
         file.write_text(spec.dumps())
+        ranks = [{"NODE_RANK": "0", "LOCAL_RANK": str(i)} for i in range(_count(spec.devices))]
+        return self.launch(spec.name, f"{__package__}._stage:run_file", file, log, ranks)
+
+    def launch(self, name: str, function: str, file: Path, log: Path, ranks: Sequence[dict[str, str]]) -> WarmRun:
+        """Start processes that meet at a port of their own.
+
+        Args:
+            name: for messages.
+            function: ``module:name`` of what each of them calls.
+            file: its argument.
+            log: where the processes write, without their number.
+            ranks: for each process, the variables that tell it which one it is.
+        """
+        assert self._process.stdin is not None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         pids = []
-        for i in range(_count(spec.devices)):
+        for i, rank in enumerate(ranks):
             Path(f"{log}.{i}.status").unlink(missing_ok=True)
-            print(json.dumps([str(file), f"{log}.{i}", i, port]), file=self._process.stdin, flush=True)
+            task = [function, str(file), f"{log}.{i}", {**meeting, **rank}]
+            print(json.dumps(task), file=self._process.stdin, flush=True)
             pids.append(int(self._answer()))
-        return WarmRun(spec.name, log, pids)
+        return WarmRun(name, log, pids)
 
     def wait_until_ready(self) -> None:
         """Wait until the warm process has imported everything; `start` would.
@@ -165,15 +190,15 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _serve() -> None:
+def _serve(modules: Sequence[str]) -> None:
     """Fork a process for every line read."""
     import lightning.pytorch  # noqa: F401
 
     import lightning_easyscale  # noqa: F401
 
-    from . import _stage, _stage_callbacks  # noqa: F401
-    from .workloads import classification  # noqa: F401
-
+    for module in modules:
+        with suppress(ModuleNotFoundError):
+            import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -183,18 +208,17 @@ def _serve() -> None:
         print(pid, flush=True)
 
 
-def _child(spec: str, log: str, index: int, port: int) -> None:
+def _child(function: str, file: str, log: str, environment: dict[str, str]) -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with open(log, "wb", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(index))
+    os.environ.update(environment)
     status = 0
     try:
-        from ._stage import run
-
-        run(RunSpec.load(spec))
+        module, _, name = function.partition(":")
+        getattr(import_module(module), name)(Path(file))
     except BaseException:  # noqa: BLE001 - goes to the log
         traceback.print_exc()
         status = 1
@@ -205,4 +229,4 @@ def _child(spec: str, log: str, index: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1:])

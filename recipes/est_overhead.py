@@ -1,9 +1,18 @@
-"""Fig. 11: what switching between ESTs costs, for every workload.
+"""Fig. 11 and Fig. 13: what switching between ESTs costs, and which EST pays for it, for every workload.
 
-``python -m recipes.est_overhead`` runs each workload on synthetic data with k ESTs in one process (switching on) and in
-stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), block by block in turns, each side in
-processes of its own. Into ``hydra.run.dir`` go ``est_overhead.json``, ``est_overhead.csv`` and ``est_overhead.png``,
-with the published ratios beside: absolute times are those of other hardware and are not compared.
+``python -m recipes.est_overhead`` runs each workload on synthetic data, block by block in turns, each side in processes
+of its own:
+
+- ``easyscale``: k ESTs in each of P processes (switching on);
+- ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), for P = 1;
+- ``ddp``: stock DDP on P devices, one mini-batch a step;
+- ``host`` (default: on a GPU): the ESTs again in the `tree` order with ``gradient_offload="host"``.
+
+Fig. 11 is the first over the second. Fig. 13 divides an executor's step into the times in which each EST had the baton:
+a middle EST's forward, backward and fold, and the last one's, which also completes the exchange; both beside a DDP
+worker's step. ``est_overhead.json``, ``est_overhead.csv`` and two figures go into ``hydra.run.dir``, with the published
+ratios beside: absolute times are those of other hardware and are not compared. Each finished workload is kept at once;
+the same command with the same directory goes on where ``seconds``, or a time limit, has ended it.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,14 +33,16 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_easyscale import determinism
 
-from ._bench_runs import interleave
+from ._bench_runs import bench_processes, interleave
 from ._bench_worker import Side
 from ._config import ConfigError
 from ._machine import device_name
 from ._runs import RunFailedError
+from ._warm import WarmProcesses
 
 PUBLISHED_MS = {
     "shufflenetv2": (335.0, 338.7),
@@ -44,6 +56,18 @@ PUBLISHED_MS = {
 }
 """Milliseconds per mini-batch on a V100 with switching off and on: EasyScale (SC'23), Figure 11."""
 
+PUBLISHED_PARTS_MS = {
+    "shufflenetv2": (455.1, 338.7, 364.2),
+    "resnet50": (871.7, 506.4, 512.2),
+    "vgg19": (1138.5, 776.0, 1018.2),
+    "neumf": (31.15, 15.08, 26.98),
+    "yolov3": (613.8, 480.2, 566.9),
+    "bert": (829.2, 651.0, 844.7),
+    "electra": (844.9, 658.4, 890.2),
+    "swin": (666.4, 604.0, 643.8),
+}
+"""Milliseconds per mini-batch of a DDP worker, a middle EST and the last EST: EasyScale (SC'23), Figure 13."""
+
 
 @dataclass
 class EstOverheadConf:
@@ -53,13 +77,17 @@ class EstOverheadConf:
         workloads: to measure.
         size: ``small``, or ``full`` for the published shapes.
         overrides: further ones of every workload, as on the command line: ``workload.batch_size=2``.
-        ests: k.
+        ests: k, of each process.
+        executors: P, processes with a device each.
+        host: whether to run ``gradient_offload="host"`` too; default: on a GPU.
         blocks: timed blocks of each side.
         steps: optimizer steps of a block.
         warmup: steps before the first.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
         threads: CPU threads per process; default: all.
         reduction: order of gradient reduction.
+        precision: of the Trainer.
+        seconds: do not begin another workload when it would not end within so many seconds, judging by the last.
         timeout_s: longest time a workload may take, in seconds.
         plot_only: draw again what is in ``hydra.run.dir``.
     """
@@ -68,12 +96,16 @@ class EstOverheadConf:
     size: str = "small"
     overrides: List[str] = field(default_factory=list)  # noqa: UP006
     ests: int = 4
+    executors: int = 1
+    host: Optional[bool] = None  # noqa: UP045
     blocks: int = 7
     steps: int = 3
     warmup: int = 2
     accelerator: str = "auto"
     threads: Optional[int] = None  # noqa: UP045
     reduction: str = "auto"
+    precision: str = "32-true"
+    seconds: Optional[float] = None  # noqa: UP045
     timeout_s: float = 900.0
     plot_only: bool = False
 
@@ -81,98 +113,202 @@ class EstOverheadConf:
 ConfigStore.instance().store(name="est_overhead_schema", node=EstOverheadConf)
 
 
-def measure(conf: EstOverheadConf, directory: Path) -> dict[str, Any]:
-    """Run all workloads; returns the content of ``est_overhead.json``."""
+_RUN = ("plot_only", "seconds", "timeout_s", "workloads")  # what decides no row
+
+
+def measure(conf: EstOverheadConf, directory: Path, console: Console) -> None:
+    """Run the workloads that are not there yet; ``est_overhead.json`` holds what is done so far.
+
+    Raises:
+        ConfigError: for what cannot be measured.
+    """
     if unknown := set(conf.workloads) - set(PUBLISHED_MS):
         raise ConfigError(f"`workloads` has {sorted(unknown)[0]!r}. HINT: there are {', '.join(PUBLISHED_MS)}.")
-    if conf.size not in ("small", "full") or conf.ests < 2 or min(conf.blocks, conf.steps) < 1:
-        raise ConfigError("`size` is 'small' or 'full', `ests` at least 2, `blocks` and `steps` at least 1.")
+    if conf.size not in ("small", "full") or conf.ests < 2 or min(conf.blocks, conf.steps, conf.executors) < 1:
+        raise ConfigError(
+            "`size` is 'small' or 'full', `ests` at least 2, `blocks` and `steps` at least 1, and `executors` too."
+        )
     gpu = conf.accelerator == "gpu" or (conf.accelerator == "auto" and torch.cuda.is_available())
-    rows = [_row(conf, name, gpu, directory) for name in conf.workloads]
-    return {
+    report: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_name(gpu),
         "torch": torch.__version__,
-        "config": vars(conf),
-        "rows": rows,
+        "config": {key: value for key, value in vars(conf).items() if key not in _RUN},
+        "rows": [],
     }
+    file = directory / "est_overhead.json"
+    if file.exists():
+        old = json.loads(file.read_text())
+        if all(old[key] == report[key] for key in ("device", "torch", "config")):
+            report["rows"] = old["rows"]
+    done = {row["workload"] for row in report["rows"]}
+    missing = [name for name in conf.workloads if name not in done]
+    if not missing:
+        return
+    began, last = time.monotonic(), 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with bench_processes() as warm, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(missing))
+        for number, name in enumerate(missing):
+            start = time.monotonic()
+            if conf.seconds is not None and number and start - began + last > conf.seconds:
+                console.print(f"{missing[number:]} are left; the same command goes on with them.", markup=False)
+                return
+            bar.update(task, description=name)
+            report["rows"].append(_row(conf, name, gpu, directory, warm))
+            write(report, directory)
+            last = time.monotonic() - start
+            bar.advance(task)
 
 
-def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path) -> dict[str, Any]:
+def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: WarmProcesses) -> dict[str, Any]:
     from . import learn  # noqa: F401  registers the schema that is composed
 
     suffix = "_full" if conf.size == "full" else ""
     composed = compose("learn", overrides=[f"workload={name}{suffix}", *conf.overrides]).workload
     workload: Any = OmegaConf.to_container(composed, resolve=True)
+    kinds = ["easyscale", *(["accumulate"] if conf.executors == 1 else []), "ddp"]
+    if gpu if conf.host is None else conf.host:
+        kinds.append("host")
     sides = {
         kind: Side(
-            kind=kind,
+            kind="easyscale" if kind == "host" else kind,
             model=name,
-            workers=conf.ests,
-            executors=1,
+            workers=conf.executors if kind == "ddp" else conf.ests * conf.executors,
+            executors=conf.executors,
             image_size=workload["image_size"],
             batch_size=workload["batch_size"],
-            steps=conf.steps,
+            # As many mini-batches as the others, so that a block is as long.
+            steps=conf.steps * (conf.ests if kind == "ddp" else 1),
             blocks=conf.blocks,
             warmup=conf.warmup,
             accelerator="gpu" if gpu else "cpu",
-            threads=conf.threads or determinism.default_threads(1),
-            reduction=conf.reduction,
+            threads=conf.threads or determinism.default_threads(conf.executors),
+            reduction="tree" if kind == "host" else conf.reduction,
             directory=str(directory / "sides" / f"{name}_{kind}"),
             workload=workload,
+            precision=conf.precision,
+            offload="host" if kind == "host" else None,
+            slices=kind == "easyscale",
         )
-        for kind in ("easyscale", "accumulate")
+        for kind in kinds
     }
-    for side in sides.values():
-        for file in ("go", "done", "ready"):
-            (Path(side.directory) / file).unlink(missing_ok=True)
-    blocks = interleave(sides, timeout_s=conf.timeout_s)
-    on, off = ([1e3 * entry["seconds"] / conf.ests for entry in blocks[kind]] for kind in ("easyscale", "accumulate"))
-    ratios = [a / b for a, b in zip(on, off, strict=True)]
-    published_off, published_on = PUBLISHED_MS[name]
-    return {
-        "workload": name,
-        "batch_size": workload["batch_size"],
-        "on_ms": statistics.median(on),
-        "off_ms": statistics.median(off),
-        "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "greatest": max(ratios),
-        "published_ratio": published_on / published_off,
-        "blocks": blocks,
+    entries = interleave(sides, warm, timeout_s=conf.timeout_s)
+    blocks = {kind: side[1:] for kind, side in entries.items()}
+    row: dict[str, Any] = {"workload": name, "batch_size": workload["batch_size"]}
+    # Per mini-batch of one device.
+    times = {
+        kind: [1e3 * entry["seconds"] / (1 if kind == "ddp" else conf.ests) for entry in side]
+        for kind, side in blocks.items()
     }
+    row |= {f"{kind}_ms": statistics.median(values) for kind, values in times.items()}
+    if "accumulate" in times:
+        row |= _ratio("ratio", times["easyscale"], times["accumulate"])
+        off, on = PUBLISHED_MS[name]
+        row["published_ratio"] = on / off
+    parts = {part: [1e3 * s for s in _part(blocks["easyscale"], part)] for part in PARTS}
+    for part, published in zip(PARTS, (None, *PUBLISHED_PARTS_MS[name][1:]), strict=True):
+        row |= {f"{part}_ms": statistics.median(parts[part]), **_ratio(part, parts[part], times["ddp"])}
+        if published is not None:
+            row[f"published_{part}"] = published / PUBLISHED_PARTS_MS[name][0]
+    if "host" in times:
+        row |= _ratio("host", times["host"], times["easyscale"])
+    for kind, side in entries.items():
+        row |= {f"{kind}_{key}_mib": side[-1][key] / 2**20 for key in ("allocated", "reserved") if key in side[-1]}
+    return {**row, "blocks": blocks}
+
+
+PARTS = ("lead", "middle", "last")
+"""The first EST of an executor, whose part has the optimizer's step; those between, if any; the last."""
+
+
+def _part(blocks: list[dict[str, Any]], part: str) -> list[float]:
+    """Seconds per step and EST of a part, block by block."""
+    out = []
+    for block in blocks:
+        *_, last = ranks = sorted(block["slices"], key=int)
+        chosen = {"lead": ranks[:1], "middle": ranks[1:-1] or ranks[:1], "last": [last]}[part]
+        out.append(statistics.mean(block["slices"][rank] for rank in chosen))
+    return out
+
+
+def _ratio(name: str, ours: list[float], others: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(ours, others, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_least": min(ratios), f"{name}_greatest": max(ratios)}
 
 
 def write(report: dict[str, Any], directory: Path) -> None:
-    """``est_overhead.json`` and ``est_overhead.csv``."""
-    (directory / "est_overhead.json").write_text(json.dumps(report, indent=1) + "\n")
+    """``est_overhead.json``, in one move, and ``est_overhead.csv``."""
+    temporary = directory / "est_overhead.tmp"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(directory / "est_overhead.json")
     with (directory / "est_overhead.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [key for key in report["rows"][0] if key != "blocks"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(report["rows"])
 
 
-def draw(file: Path, report: dict[str, Any]) -> None:
-    """A bar per workload for the measured ratio, with its range, and one for the published."""
+def draw(directory: Path, report: dict[str, Any]) -> None:
+    """``est_overhead.png`` for Fig. 11 and ``est_parts.png`` for Fig. 13: bars with ranges, the published beside."""
+    bars: dict[str, list[tuple[str, str, str]]] = {
+        "est_overhead": [("ratio", "published_ratio", "switching on / off")],
+        "est_parts": [
+            ("middle", "published_middle", "middle EST / DDP worker"),
+            ("last", "published_last", "last EST / DDP worker"),
+        ],
+    }
+    for name, panels in bars.items():
+        if panels[0][0] in report["rows"][0]:
+            _draw_bars(directory / f"{name}.png", report, panels)
+
+
+def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str, str]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = report["rows"]
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for number, row in enumerate(rows):
-        first = number == 0
-        axes.bar(number - 0.2, row["ratio"], 0.4, color="#0072B2", label="measured here" if first else None)
-        axes.plot([number - 0.2] * 2, [row["least"], row["greatest"]], color="0.2", linewidth=1)
-        axes.bar(number + 0.2, row["published_ratio"], 0.4, color="0.7", label="published, V100" if first else None)
-    axes.axhline(1.0, color="0.4", linewidth=0.8)
-    axes.set_xticks(range(len(rows)), [row["workload"] for row in rows])
-    axes.set_ylabel("time per mini-batch,\nswitching on / off")
-    axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{report['device']}, torch {report['torch']}, {report['config']['ests']} ESTs", size=10)
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=(9, 0.8 + 2.8 * len(panels)), layout="constrained", squeeze=False
+    )
+    for axes, (ours, published, label) in zip(grid[:, 0], panels, strict=True):
+        for number, row in enumerate(rows):
+            first = number == 0
+            axes.bar(number - 0.2, row[ours], 0.4, color="#0072B2", label="measured here" if first else None)
+            axes.plot([number - 0.2] * 2, [row[f"{ours}_least"], row[f"{ours}_greatest"]], color="0.2", linewidth=1)
+            axes.bar(number + 0.2, row[published], 0.4, color="0.7", label="published, V100" if first else None)
+        axes.axhline(1.0, color="0.4", linewidth=0.8)
+        axes.set_xticks(range(len(rows)), [row["workload"] for row in rows])
+        axes.set_ylabel(f"time per mini-batch,\n{label}")
+        axes.legend(frameon=False, fontsize=8)
+    config = report["config"]
+    where = f"{report['device']}, torch {report['torch']}, {report['date'][:10]}"
+    figure.suptitle(f"{where}: {config['ests']} ESTs on each of {config['executors']}", size=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def lines(row: dict[str, Any]) -> list[str]:
+    """A workload's figures, for the terminal."""
+
+    def ratio(name: str) -> str:
+        return f"{row[name]:.3f} ({row[f'{name}_least']:.3f} .. {row[f'{name}_greatest']:.3f})"
+
+    out = []
+    if "ratio" in row:
+        out.append(
+            f"{row['workload']:13} on {row['easyscale_ms']:9.2f} ms, off {row['accumulate_ms']:9.2f} ms,"
+            f" ratio {ratio('ratio')}, published {row['published_ratio']:.3f}"
+        )
+    out.append(
+        f"{row['workload']:13} DDP worker {row['ddp_ms']:.2f} ms; of it a middle EST {ratio('middle')}, published"
+        f" {row['published_middle']:.3f}; the last {ratio('last')}, published {row['published_last']:.3f};"
+        f" the lead {ratio('lead')}"
+    )
+    if "host" in row:
+        out.append(f"{row['workload']:13} gradient_offload='host' over none {ratio('host')}")
+    return out
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="est_overhead")
@@ -185,20 +321,17 @@ def main(config: DictConfig) -> None:
     file = directory / "est_overhead.json"
     try:
         if not conf.plot_only:
-            write(measure(conf, directory), directory)
+            measure(conf, directory, console)
         elif not file.exists():
             raise ConfigError(f"`plot_only=true` finds no est_overhead.json in {directory}. HINT: hydra.run.dir=DIR.")
     except (ConfigError, RunFailedError, ImportError, ValueError) as error:
         console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
         raise SystemExit(2) from error
     report = json.loads(file.read_text())
-    draw(directory / "est_overhead.png", report)
+    draw(directory, report)
     for row in report["rows"]:
-        console.print(
-            f"{row['workload']:13} on {row['on_ms']:9.2f} ms, off {row['off_ms']:9.2f} ms, ratio {row['ratio']:.3f}"
-            f" ({row['least']:.3f} .. {row['greatest']:.3f}), published {row['published_ratio']:.3f}",
-            soft_wrap=True,
-        )
+        for line in lines(row):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

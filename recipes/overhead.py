@@ -36,12 +36,13 @@ from lightning_easyscale import determinism
 
 from . import _bench_figure
 from ._bench_config import OverheadConf, check, register
-from ._bench_runs import interleave
+from ._bench_runs import bench_processes, interleave
 from ._bench_switch import time_switches
 from ._bench_worker import COLLECTIVES, Side
 from ._config import ConfigError
 from ._machine import device_name
 from ._runs import RunFailedError
+from ._warm import WarmProcesses
 
 register()
 
@@ -56,11 +57,13 @@ class Bench:
     Args:
         conf: the configuration.
         directory: where sides keep their files.
+        warm: starts the processes of sides.
     """
 
-    def __init__(self, conf: OverheadConf, directory: Path) -> None:
+    def __init__(self, conf: OverheadConf, directory: Path, warm: WarmProcesses) -> None:
         self.conf = conf
         self.directory = directory
+        self.warm = warm
         gpu = conf.accelerator == "gpu" or (conf.accelerator == "auto" and torch.cuda.is_available())
         self.accelerator = "gpu" if gpu else "cpu"
         self.threads = conf.threads or determinism.default_threads(conf.ests)
@@ -176,11 +179,9 @@ class Bench:
             )
             for side, (kind, workers, executors) in sides.items()
         }
-        for side in made.values():
-            for file in ("go", "done", "ready"):
-                (Path(side.directory) / file).unlink(missing_ok=True)
-        self.raw[name] = results = interleave(made, timeout_s=self.conf.timeout_s)
-        return results
+        results = interleave(made, self.warm, timeout_s=self.conf.timeout_s)
+        self.raw[name] = blocks = {side: entries[1:] for side, entries in results.items()}
+        return blocks
 
 
 def _row(comparison: str, what: str, unit: str, values: Sequence[float], *, aim: float | None = None) -> Row:
@@ -231,15 +232,16 @@ def _resnet18_parameters() -> list[torch.nn.Parameter]:
 
 def measure(conf: OverheadConf, directory: Path, console: Console) -> None:
     """Run the comparisons; ``overhead.json`` and ``overhead.csv`` hold what is done so far after each of them."""
-    bench = Bench(conf, directory)
     rows: list[Row] = []
-    for name in dict.fromkeys(conf.only):
-        console.print(f"{name} ...")
-        new = getattr(bench, name)()
-        rows += new
-        for row in new:
-            console.print(f"  {row['comparison']}: {row['what']}: {row['median']:.4g} {row['unit']}", markup=False)
-        write(_report(conf, bench, rows), directory)
+    with bench_processes() as warm:
+        bench = Bench(conf, directory, warm)
+        for name in dict.fromkeys(conf.only):
+            console.print(f"{name} ...")
+            new = getattr(bench, name)()
+            rows += new
+            for row in new:
+                console.print(f"  {row['comparison']}: {row['what']}: {row['median']:.4g} {row['unit']}", markup=False)
+            write(_report(conf, bench, rows), directory)
 
 
 def _report(conf: OverheadConf, bench: Bench, rows: list[Row]) -> dict[str, Any]:

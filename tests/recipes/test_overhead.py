@@ -16,11 +16,10 @@ from omegaconf import OmegaConf
 from recipes import _bench_figure, overhead
 from recipes._bench_config import check
 from recipes._bench_models import resnet18
-from recipes._bench_runs import interleave
+from recipes._bench_runs import SideFailedError, bench_processes, interleave
 from recipes._bench_switch import time_switches
 from recipes._bench_worker import Gate, Side
 from recipes._config import ConfigError
-from recipes._runs import RunFailedError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,19 +70,22 @@ def test_hand_overs_are_counted_and_timed():
 
 
 def test_a_gate_opens_at_its_block(tmp_path):
-    gate = Gate(str(tmp_path), reports=True)
+    gate = Gate(str(tmp_path), rank=0)
+    gate.say("ready", {"rss": 5})
+    assert json.loads((tmp_path / "ready.0").read_text()) == {"rss": 5}
     (tmp_path / "go").write_text("1")
     gate.wait(0)
-    assert (tmp_path / "ready").exists()
     gate.wait(1)
+    Gate(str(tmp_path), rank=1).report({"seconds": 9.0})
     gate.report({"seconds": 1.0})
     assert json.loads((tmp_path / "done").read_text()) == {"seconds": 1.0}
 
 
 def test_a_side_that_fails_is_shown_with_its_log(tmp_path):
     side = Side("accumulate", "no such model", 2, 1, 8, 4, 1, 1, 1, "no such accelerator", 1, "ddp", str(tmp_path))
-    with pytest.raises(RunFailedError, match="no such accelerator"):
-        interleave({"broken": side}, timeout_s=60)
+    with bench_processes() as warm, pytest.raises(SideFailedError, match="no such accelerator") as failed:
+        interleave({"broken": side}, warm, timeout_s=60)
+    assert not failed.value.out_of_memory
 
 
 def test_a_small_run_from_end_to_end(tmp_path):
