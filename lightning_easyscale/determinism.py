@@ -132,12 +132,6 @@ def apply(level: Level, *, threads: int, device_type: str, policy: str = "pinned
             f"`determinism={str(level)!r}` with the policy {policy!r} cannot run on CUDA devices, whose stock kernels"
             " give other bits on other types. HINT: name the CUDA device's type in `pool`, which selects 'portable'."
         )
-    if level.heterogeneous and device_type == "cuda":
-        warnings.warn(
-            f"`determinism={str(level)!r}` on CUDA is experimental: means, norms and reduced-precision gradients still"
-            " differ from the CPU's in the last place. HINT: do not rely on equal bits of CPU and CUDA devices yet.",
-            stacklevel=2,
-        )
     previous = _flags()
     wanted: dict[str, Any] = {
         **previous,

@@ -179,10 +179,3 @@ def test_replaced_pooling_runs_under_strict_mode_on_cuda():
             first = gradient("cuda")
             assert torch.equal(first, gradient("cuda"))
     torch.testing.assert_close(first, gradient("cpu"))
-
-
-def test_d2_on_cuda_says_what_is_not_equal_yet(monkeypatch):
-    monkeypatch.delenv(CUBLAS_VARIABLE, raising=False)
-    with pytest.warns(UserWarning, match="on CUDA is experimental"):
-        record = apply(Level.parse("D2"), threads=torch.get_num_threads(), device_type="cuda", policy="portable")
-    restore(record)

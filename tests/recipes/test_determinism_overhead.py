@@ -37,6 +37,7 @@ def test_published_ratios_are_those_of_the_paper():
     assert all(0.99 < ratios[name] < 1.05 for name in ("swin", "bert", "electra", "neumf"))
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(bool(build.why_unavailable()), reason=build.why_unavailable() or "available")
 def test_one_workload_from_end_to_end_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-m", "recipes.determinism_overhead", f"hydra.run.dir={tmp_path}", "workloads=[neumf]"]
