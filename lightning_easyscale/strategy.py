@@ -50,8 +50,9 @@ class EasyScaleStrategy(ModelStrategy):
             ESTs, else ``"tree"``.
         pool: device types the job may ever use (D2); default: the types of the first placement.
         threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``.
-        ests_per_executor: how many ESTs each device hosts, in device order; default: as even as possible.
-        step_seconds: seconds of one EST's step by device type; the planner then gives faster devices more ESTs.
+        ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
+        step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast, and the
+            split is as even as possible.
         gradient_offload: ``"host"`` keeps partial sums of the ``tree`` order in pinned host memory.
         process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
         timeout: how long an EST waits for the others.

@@ -98,7 +98,7 @@ def find_topology(
         num_devices: devices of this host, as the Trainer was told.
         num_nodes: hosts, as the Trainer was told.
         num_ests: N, if it was given.
-        ests_per_executor: how many ESTs each executor hosts; by default as even as possible.
+        ests_per_executor: how many ESTs each executor hosts; by default the planner decides.
         types: device type of each executor of this host.
         step_seconds: seconds of one EST's step per device type, from which the planner balances the ESTs.
         spares: whether processes that an agent has started beyond N may wait.
@@ -119,16 +119,15 @@ def find_topology(
         executors, per_host = num_nodes * num_devices, num_devices
         first = physical.node_rank() * num_devices
         executor = int(ours) if ours is not None else first
-    counts = ests_per_executor
-    if counts is None and step_seconds is not None:
-        if len(types) != executors:
-            raise ValueError(
-                f"`step_seconds` balances the devices of one host, but {executors - len(types)} of the {executors}"
-                " executors run elsewhere. HINT: give `ests_per_executor`."
-            )
-        counts = plan(num_ests or executors, types, step_seconds, use_every_device=True).ests_per_device
+    given = _given_ests(num_ests, ests_per_executor, agent=agent)
+    if ests_per_executor is not None:
+        placement = _as_given(executors, given, ests_per_executor)
+    else:
+        # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
+        used = min(executors, given or executors) if agent and spares else executors
+        placement = _planned(executors, given or executors, used, types, step_seconds)
     return Topology(
-        placement=_place(executors, num_ests, counts, agent=agent, spares=agent and spares),
+        placement=placement,
         executor=executor,
         local_executors=range(first, first + per_host),
         starts_processes=ours is None and not physical.creates_processes_externally,
@@ -137,22 +136,34 @@ def find_topology(
     )
 
 
-def _place(
-    executors: int, num_ests: int | None, counts: Sequence[int] | None, *, agent: bool, spares: bool
-) -> Placement:
+def _given_ests(num_ests: int | None, counts: Sequence[int] | None, *, agent: bool) -> int | None:
     given = num_ests or int(os.environ.get(NUM_ESTS_VARIABLE, 0)) or (sum(counts) if counts is not None else None)
     if given is None and agent:
         raise ValueError(
             "`num_ests` must be given under torchrun, where the number of devices may change."
             f" HINT: `EasyScaleStrategy(num_ests=...)` or the environment variable {NUM_ESTS_VARIABLE}."
         )
-    if counts is None:
-        # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
-        used = min(executors, given or executors) if spares else executors
-        return Placement.even(given or executors, used)
+    return given
+
+
+def _as_given(executors: int, given: int | None, counts: Sequence[int]) -> Placement:
     if len(counts) != executors:
         raise ValueError(
             f"`ests_per_executor={list(counts)}` names {len(counts)} devices, but the Trainer runs on {executors}."
             " HINT: give one count per device."
         )
     return Placement.check(counts, given or executors)
+
+
+def _planned(
+    executors: int, num_ests: int, used: int, types: Sequence[str], step_seconds: Mapping[str, float] | None
+) -> Placement:
+    """The planner's split over the first `used` executors; with equal speeds, or none given, it is the even one."""
+    if step_seconds is None:
+        return Placement.even(num_ests, used)
+    if len(types) != executors:
+        raise ValueError(
+            f"`step_seconds` balances the devices of one host, but {executors - len(types)} of the {executors}"
+            " executors run elsewhere. HINT: give `ests_per_executor`."
+        )
+    return plan(num_ests, types[:used], step_seconds, use_every_device=True).placement

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads the
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from lightning_easyscale.placement import Placement
+from lightning_easyscale.planning import plan
 
 LEVELS = ("d0", "d1", "d0+d2", "d1+d2")
 
@@ -28,22 +28,32 @@ class StageConf:
     Args:
         devices: device type -> how many of it, in executor order.
         steps: optimizer steps of this stage.
-        ests_per_device: device type -> ESTs on each device of it; default: an even split, first devices first.
+        ests_per_device: device type -> ESTs on each device of it; default: what the planner finds from `step_seconds`.
+        step_seconds: device type -> seconds of one EST's step, for this stage; default: the schedule's.
         hosts: the same devices in the same order, host by host, when they are spread over several.
     """
 
     devices: Dict[str, int] = MISSING  # noqa: UP006
     steps: int = MISSING
     ests_per_device: Optional[Dict[str, int]] = None  # noqa: UP006, UP045
+    step_seconds: Optional[Dict[str, float]] = None  # noqa: UP006, UP045
     hosts: Optional[List[Dict[str, int]]] = None  # noqa: UP006, UP045
 
 
 @dataclass
 class ScheduleConf:
-    """N and the stages."""
+    """N and the stages.
+
+    Args:
+        num_ests: N.
+        stages: one after another.
+        step_seconds: device type -> seconds of one EST's step, from which the planner splits the ESTs of stages that
+            do not say how; default: all types are equally fast, which gives an even split.
+    """
 
     num_ests: int = MISSING
     stages: List[StageConf] = MISSING  # noqa: UP006
+    step_seconds: Optional[Dict[str, float]] = None  # noqa: UP006, UP045
 
 
 @dataclass
@@ -192,7 +202,7 @@ def check(conf: AccuracyConsistencyConf) -> list[Stage]:
     for index, stage in enumerate(conf.schedule.stages):
         if stage.steps < 1:
             raise ConfigError(f"`schedule.stages[{index}].steps={stage.steps}` trains nothing. HINT: give at least 1.")
-        ests = _ests_per_executor(stage, index, conf.schedule.num_ests)
+        ests = _ests_per_executor(stage, index, conf.schedule)
         end = done + stage.steps
         if conf.trainer.max_steps is not None:
             end = min(end, conf.trainer.max_steps)
@@ -209,21 +219,21 @@ def check(conf: AccuracyConsistencyConf) -> list[Stage]:
     return stages
 
 
-def _ests_per_executor(stage: StageConf, index: int, num_ests: int) -> tuple[int, ...]:
-    where = f"schedule.stages[{index}]"
+def _ests_per_executor(stage: StageConf, index: int, schedule: ScheduleConf) -> tuple[int, ...]:
+    where, num_ests = f"schedule.stages[{index}]", schedule.num_ests
     bad = {name: count for name, count in stage.devices.items() if count < 1}
     if bad or not stage.devices:
         raise ConfigError(f"`{where}.devices={dict(stage.devices)}` must give every type a count of at least 1.")
-    executors = sum(stage.devices.values())
     if stage.ests_per_device is None:
+        seconds = stage.step_seconds or schedule.step_seconds or dict.fromkeys(stage.devices, 1.0)
         try:
-            return Placement.even(num_ests, executors).ests_per_executor
+            return plan(num_ests, stage.devices, seconds, use_every_device=True).ests_per_device
         except ValueError as error:
             raise ConfigError(f"`{where}`: {error}") from error
     if set(stage.ests_per_device) != set(stage.devices):
         raise ConfigError(
             f"`{where}.ests_per_device` names {sorted(stage.ests_per_device)} and `devices` {sorted(stage.devices)}."
-            " HINT: give one number for every type, or leave it out for an even split."
+            " HINT: give one number for every type, or leave it out and let the planner split the ESTs."
         )
     ests = tuple(stage.ests_per_device[name] for name, count in stage.devices.items() for _ in range(count))
     if min(ests) < 1 or sum(ests) != num_ests:

@@ -19,16 +19,18 @@ LEVELS = {"d1": "D1", "d1+d2": "D2"}
 
 @dataclass
 class ExchangeConf:
-    """Runs that tell latency from bandwidth.
+    """Exchanges that tell latency from bandwidth.
 
     Args:
-        widths: hidden units of perceptrons that do little but exchange gradients.
+        bytes: sizes of the gradients.
         executors: devices that take part, one EST each.
+        rounds: how often each is measured.
         device_type: their type.
     """
 
-    widths: List[int] = MISSING  # noqa: UP006
+    bytes: List[int] = MISSING  # noqa: UP006
     executors: List[int] = MISSING  # noqa: UP006
+    rounds: int = MISSING
     device_type: str = MISSING
 
 
@@ -117,3 +119,8 @@ def check(conf: ProfileConf) -> None:
         raise ConfigError(f"`pace` has {sorted(unknown)[0]!r}, `devices` does not. HINT: pace types that are there.")
     if min(conf.exchange.executors, default=2) < 2:
         raise ConfigError(f"`exchange.executors={list(conf.exchange.executors)}`. HINT: an exchange takes two or more.")
+    if min(conf.exchange.bytes, default=1) < 1 or conf.exchange.rounds < 1:
+        raise ConfigError(
+            f"`exchange.bytes={list(conf.exchange.bytes)}`, `exchange.rounds={conf.exchange.rounds}`. HINT: give sizes"
+            " and rounds of at least 1."
+        )

@@ -14,6 +14,7 @@ from lightning_easyscale import devices
 from lightning_easyscale.planning import (
     AffineStepTime,
     Configuration,
+    Exchange,
     LinkFit,
     Measurement,
     Profile,
@@ -23,7 +24,6 @@ from lightning_easyscale.planning import (
 )
 from lightning_easyscale.planning.step_time import to_ns
 
-from ._config import WorkloadConf
 from ._profile_config import LEVELS, ProfileConf, counts, read_pace
 from ._runs import RunFailedError
 from ._stage import RunSpec
@@ -42,14 +42,12 @@ class Wanted:
         level: ``d1`` or ``d1+d2``.
         devices: type of each device, in device order.
         ests_per_device: ESTs of each.
-        paced: whether emulated devices keep their pace; not where the exchange alone is of interest.
     """
 
     workload: Mapping[str, Any]
     level: str
     devices: tuple[str, ...]
     ests_per_device: tuple[int, ...]
-    paced: bool = True
 
     @property
     def key(self) -> tuple[str, str, int, tuple[str, ...], tuple[int, ...]]:
@@ -87,14 +85,6 @@ def planned(conf: ProfileConf, workload: Mapping[str, Any], profile: Profile) ->
             names = tuple(t for t, n in zip(cluster, held, strict=True) for _ in range(n))
             found = plan(size, names, seconds, use_every_device=True)
             yield Wanted(workload, level, names, found.ests_per_device)
-
-
-def exchanges(conf: ProfileConf) -> Iterator[Wanted]:
-    """Jobs that do little but exchange gradients, of several sizes over several devices."""
-    for width, size in product(conf.exchange.widths, conf.exchange.executors):
-        made = WorkloadConf(name=f"perceptron_{width}", model="perceptron", net={"width": width}, data="synthetic")
-        workload = {**vars(made), "channels": 1, "batch_size": 4}
-        yield Wanted(workload, "d1", (conf.exchange.device_type,) * size, (1,) * size, paced=False)
 
 
 class Measurer:
@@ -161,7 +151,7 @@ class Measurer:
             data=str(self.data),
             workload=dict(wanted.workload),
             trainer={"limit_val_batches": 0},
-            pace=((0, pace),) if wanted.paced and any(pace) else (),
+            pace=((0, pace),) if any(pace) else (),
             report=str(home / "steps"),
         )
         self.warm(wanted.level, wanted.devices[0]).start(spec, home / "log").wait(conf.timeout_s)
@@ -176,8 +166,8 @@ class Measurer:
 
 
 def concluded(profile: Profile, gradient_bytes: Mapping[str, float]) -> Profile:
-    """The profile with what follows from its configurations: speeds per type, and the link."""
-    fit = fit_exchange(profile.configurations, gradient_bytes)
+    """The profile with what follows from what was measured: speeds per type, and the link."""
+    fit = fit_exchange(profile.exchanges)
     communication = None if fit is None else {**asdict(fit.link), **asdict(fit)}
     if communication is not None:
         del communication["link"]
@@ -218,13 +208,9 @@ def fit_speeds(configurations: Sequence[Configuration]) -> tuple[Measurement, ..
     return tuple(rows)
 
 
-def fit_exchange(configurations: Sequence[Configuration], gradient_bytes: Mapping[str, float]) -> LinkFit | None:
-    """The link that explains best what steps take beyond their slowest device; None with too little to fit."""
-    points = []
-    for c in configurations:
-        exposed = c.seconds - max(c.busy_seconds)
-        if len(c.devices) > 1 and exposed > 0 and c.workload.startswith("perceptron_"):
-            points.append((gradient_bytes[c.workload], len(c.devices), exposed))
+def fit_exchange(exchanges: Sequence[Exchange]) -> LinkFit | None:
+    """The link that explains the exchanges best; None with too little to fit."""
+    points = [(e.num_bytes, e.executors, e.seconds) for e in exchanges]
     return fit_link(points) if len({b for b, *_ in points}) > 1 else None
 
 

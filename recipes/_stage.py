@@ -25,7 +25,8 @@ class RunSpec:
         level: ``d0``, ``d1``, ``d0+d2`` or ``d1+d2``.
         num_ests: N.
         devices: of an EasyScale stage, as Lightning's ``devices``: ``"v100:1,p100:2"``.
-        ests_per_executor: of an EasyScale stage, in device order; empty: an even split.
+        ests_per_executor: of an EasyScale stage, in device order; empty: the planner decides.
+        step_seconds: device type -> seconds of one EST's step, for the planner; None: all are equally fast.
         hosts: of an EasyScale stage over several hosts, the ``devices`` of each; empty on one host.
         pool: device types of all stages.
         emulate: whether types are emulated.
@@ -75,6 +76,7 @@ class RunSpec:
     report: str | None = None
     control: str | None = None
     rebalance: dict[str, Any] | None = None
+    step_seconds: dict[str, float] | None = None
 
     def dumps(self) -> str:
         """As JSON; equal text means an equal run."""
@@ -159,6 +161,7 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
         pool=spec.pool if spec.level.endswith("d2") else None,
         threads_per_est=spec.threads,
         ests_per_executor=spec.ests_per_executor or None,
+        step_seconds=spec.step_seconds,
         process_group_backend=spec.process_group_backend,
     )
     # over several hosts, torchrun started this process and says which of them this is

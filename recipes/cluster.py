@@ -79,7 +79,7 @@ class LiveExperiment:
             steps=conf.profile_steps,
             warmup=2,
             pace=conf.pace,
-            exchange=ExchangeConf([], [], ""),
+            exchange=ExchangeConf([], [], 1, ""),
         )
         self.data = prepare(vars(conf.workload), directory / "data")
 

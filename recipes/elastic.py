@@ -26,6 +26,7 @@ from rich.table import Table
 
 from lightning_easyscale import determinism, devices
 from lightning_easyscale.compare import compare
+from lightning_easyscale.planning import plan
 from lightning_easyscale.record import Record
 
 from ._config import ConfigError, TrainerConf, WorkloadConf
@@ -56,6 +57,8 @@ class LiveScheduleConf:
         random_stages: draw so many stages instead, from `seed`.
         random_types: device types to draw from.
         random_steps: least and most steps of a drawn stage.
+        step_seconds: device type -> seconds of one EST's step, from which the planner splits the ESTs of every stage;
+            default: all types are equally fast, which gives an even split.
     """
 
     num_ests: int = MISSING
@@ -63,6 +66,7 @@ class LiveScheduleConf:
     random_stages: int = 0
     random_types: List[str] = field(default_factory=lambda: ["v100", "p100", "t4"])  # noqa: UP006
     random_steps: List[int] = field(default_factory=lambda: [5, 30])  # noqa: UP006
+    step_seconds: Optional[Dict[str, float]] = None  # noqa: UP006, UP045
 
 
 @dataclass
@@ -123,6 +127,9 @@ def stages_of(conf: ElasticConf) -> list[LiveStage]:
     else:
         stages = [LiveStage(dict(s.devices), s.steps, s.seconds) for s in schedule.stages]
     stages = check_stages(stages, schedule.num_ests)
+    if schedule.step_seconds is not None:
+        for stage in stages:  # a type without a time fails here, not in the middle of the job
+            plan(schedule.num_ests, stage.devices, schedule.step_seconds, use_every_device=True)
     names = {name for stage in stages for name in stage.devices}
     if conf.level == "d1" and len(names) > 1:
         raise ConfigError(f"`level=d1` holds for one device type, and the stages have {sorted(names)}. HINT: `d1+d2`.")
@@ -155,6 +162,7 @@ def make_spec(conf: ElasticConf, stages: list[LiveStage], directory: Path, data:
         workload=vars(conf.workload),
         trainer={key: value for key, value in vars(conf.trainer).items() if key != "max_steps"},
         pace=() if reference or not conf.pause_s else ((0, (conf.pause_s,) * num_ests),),
+        step_seconds=conf.live_schedule.step_seconds,
     )
 
 

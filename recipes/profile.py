@@ -1,10 +1,10 @@
 """Measure how fast jobs are on the devices at hand, under every configuration that the planner generates for them.
 
 First every job size alone on one device of each type, from which speeds per EST follow; then all combinations of
-devices of which none is idle weight, with the planner's split of ESTs; then exchanges of several sizes, to which a
-link (latency and bandwidth) is fitted. Each run has processes of its own. The result is one JSON, written after every
-run: an interrupted profile goes on where it was, and other workloads add to it. `recipes.simulate profile.path=FILE`
-replays it.
+devices of which none is idle weight, with the planner's split of ESTs; then exchanges of several sizes between devices
+that do nothing else, to which a link (latency and bandwidth) is fitted. Each run has processes of its own. The result
+is one JSON, written after every run: an interrupted profile goes on where it was, and other workloads add to it.
+`recipes.simulate profile.path=FILE` replays it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_easyscale.devices import apply_environment, device_type
 from lightning_easyscale.planning import Profile
 
 from ._config import ConfigError
+from ._exchange import measure_exchanges
 from ._profile_config import ProfileConf, check, read_pace, register
 from ._profile_runs import (
     BYTES_PER_PARAMETER,
     Measurer,
     Wanted,
     concluded,
-    exchanges,
     planned,
     prediction_errors,
     single_devices,
@@ -74,7 +75,19 @@ def measure(conf: ProfileConf, directory: Path, console: Console) -> Profile:
         ]
         run("single devices", [w for one in workloads for w in single_devices(conf, one)])
         run("planned", [w for one in workloads for w in planned(conf, one, profile)])
-        run("exchange", exchanges(conf))
+    wanted = conf.exchange
+    if wanted.bytes and wanted.executors and not profile.exchanges:
+        kind = device_type(wanted.device_type, emulate=conf.emulate)
+        found = measure_exchanges(
+            wanted.bytes,
+            wanted.executors,
+            rounds=wanted.rounds,
+            kind=kind.kind,
+            environment=apply_environment(kind.environment),
+            directory=directory / "exchange",
+            timeout_s=conf.timeout_s,
+        )
+        profile = concluded(replace(profile, exchanges=tuple(found)), sizes)
     profile.save(file)
     return profile
 
@@ -144,7 +157,7 @@ def main(config: DictConfig) -> None:
         c = profile.communication
         console.print(
             f"exchange: {1e3 * c['latency_s']:.3f} ms + bytes / {c['bytes_per_s'] / 1e6:.0f} MB/s; mean error"
-            f" {c['mean_relative_error']:.1%}, largest {c['max_relative_error']:.1%} of {c['points']:.0f} measurements"
+            f" {c['mean_relative_error']:.1%}, largest {c['max_relative_error']:.1%} of {c['points']:.0f} exchanges"
         )
     console.print(f"profile: {conf.file}")
 

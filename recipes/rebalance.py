@@ -20,10 +20,11 @@ from lightning_easyscale import devices
 from lightning_easyscale.compare import compare
 from lightning_easyscale.rebalance import Rebalance
 
+from ._config import WorkloadConf
 from ._stage import RunSpec
 from ._stage_callbacks import read_report
 from ._warm import WarmProcesses
-from ._workloads import prepare_data
+from .workloads import prepare
 
 POOL = ("v100", "t4")
 STEPS = 80
@@ -31,7 +32,7 @@ CASES: dict[str, tuple[str, tuple[tuple[int, tuple[float, ...]], ...]]] = {
     "slow type": ("v100:1,t4:1", ((0, (0.10, 0.26)),)),
     "throttled device": ("v100:2", ((0, (0.10, 0.10)), (20, (0.30, 0.10)))),
 }
-_WORKLOAD = {"model": "small_conv", "source": "builtin", "image_size": 28, "channels": 1, "batch_size": 8, "lr": 0.02}
+_WORKLOAD = vars(WorkloadConf(name="mnist_conv", model="small_conv", channels=1, batch_size=8))
 
 
 def run_case(name: str, home: Path, warm: WarmProcesses, data: Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _step(lines: list[tuple[int, float, float]]) -> float:
 def main(directory: Path) -> None:
     """Run both cases."""
     environment = devices.apply_environment(devices.pinned_environment(POOL, emulate=True))
-    data = prepare_data(directory / "data")
+    data = prepare(_WORKLOAD, directory / "data")
     with WarmProcesses(environment) as warm:
         report = {name: run_case(name, directory / name.replace(" ", "_"), warm, data) for name in CASES}
     text = json.dumps(report, indent=1)

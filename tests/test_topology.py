@@ -44,6 +44,12 @@ def test_the_planner_gives_a_faster_device_more_ests():
     assert find(num_ests=2, types=types, step_seconds=seconds).placement.ests_per_executor == (1, 1)
 
 
+def test_the_planner_knows_the_number_of_ests_from_the_variable(monkeypatch):
+    monkeypatch.setenv(NUM_ESTS_VARIABLE, "6")
+    found = find(num_ests=None, types=["v100", "p100"], step_seconds={"v100": 0.1, "p100": 0.2})
+    assert found.placement.ests_per_executor == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -59,7 +65,7 @@ def test_what_does_not_fit_is_refused(changes, message):
         find(**changes)
 
 
-def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True):
+def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True, **options):
     variables = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
@@ -70,6 +76,7 @@ def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True):
         num_ests=num_ests,
         ests_per_executor=None,
         spares=spares,
+        **options,
     )
 
 
@@ -79,6 +86,14 @@ def test_processes_beyond_the_number_of_ests_are_spares(monkeypatch):
     spare = under_an_agent(monkeypatch, rank=2, world_size=4, num_ests=2)
     assert spare.is_spare
     assert spare.virtual_environment().global_rank() == 2, "never a rank that an EST has, nor 0, which writes files"
+
+
+def test_the_planner_leaves_spares_out(monkeypatch):
+    seconds = {"v100": 0.1, "t4": 0.3}
+    found = under_an_agent(
+        monkeypatch, rank=0, world_size=3, num_ests=2, types=["v100", "v100", "t4"], step_seconds=seconds
+    )
+    assert found.placement.ests_per_executor == (1, 1)
 
 
 def test_spares_need_a_folder_that_tells_them_the_end(monkeypatch):

@@ -5,7 +5,7 @@ from lightning_easyscale.planning.by_type import TypePlanner, useful_counts
 from lightning_easyscale.planning.communication import Communication, Link, LinkFit, fit_link
 from lightning_easyscale.planning.heuristic import best_by_placement, heuristic_proposals
 from lightning_easyscale.planning.interjob import Option, choose_exactly, choose_greedily
-from lightning_easyscale.planning.profile import Configuration, Measurement, Profile
+from lightning_easyscale.planning.profile import Configuration, Exchange, Measurement, Profile
 from lightning_easyscale.planning.proposals import Proposal, propose
 from lightning_easyscale.planning.published import published_link, published_profile
 from lightning_easyscale.planning.step_time import AffineStepTime, StepTime, TabulatedStepTime, ests_that_fit
@@ -15,6 +15,7 @@ __all__ = [
     "Allocation",
     "Communication",
     "Configuration",
+    "Exchange",
     "Link",
     "LinkFit",
     "Measurement",

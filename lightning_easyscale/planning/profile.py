@@ -106,6 +106,32 @@ class Configuration:
         return self.workload, self.kernels, self.batch_size, self.devices, self.ests_per_device
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A measured exchange of gradients, with nothing computed meanwhile.
+
+    Args:
+        num_bytes: bytes of gradients.
+        executors: devices that take part, at least two.
+        seconds: until the last one is done.
+
+    Raises:
+        ValueError: if a field is out of range.
+    """
+
+    num_bytes: float
+    executors: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.num_bytes < 0 or self.executors < 2 or not 0 < self.seconds < float("inf"):
+            raise ValueError(
+                f"`num_bytes={self.num_bytes}`, `executors={self.executors}`, `seconds={self.seconds}` are no exchange."
+                " HINT: two executors or more, and a time above zero."
+            )
+
+
 @dataclass
 class Profile:
     """Speeds of workloads on device types.
@@ -119,6 +145,7 @@ class Profile:
         samples_per_epoch: per workload, where the profile knows it.
         switch_seconds: cost of a context switch between ESTs.
         configurations: placements that were measured as a whole.
+        exchanges: exchanges of gradients that were measured.
         gradient_bytes: per workload, bytes that are exchanged in a step, where the profile knows them.
         communication: a link fitted to measured exchanges, and its error: the fields of `LinkFit`, the link's among
             them; None without one.
@@ -135,6 +162,7 @@ class Profile:
     samples_per_epoch: dict[str, float] = field(default_factory=dict)
     switch_seconds: float = 0.0
     configurations: tuple[Configuration, ...] = ()
+    exchanges: tuple[Exchange, ...] = ()
     gradient_bytes: dict[str, float] = field(default_factory=dict)
     communication: dict[str, float] | None = None
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -233,6 +261,7 @@ class Profile:
             "conditions": self.conditions,
             "measurements": [asdict(m) for m in self.measurements],
             "configurations": [asdict(c) for c in self.configurations],
+            "exchanges": [asdict(e) for e in self.exchanges],
         }
         return json.dumps(body, indent=1)
 
@@ -253,7 +282,8 @@ class Profile:
         try:
             rows = tuple(Measurement(**row) for row in body.pop("measurements"))
             whole = tuple(Configuration(**row) for row in body.pop("configurations", ()))
-            return cls(measurements=rows, configurations=whole, **body)
+            exchanges = tuple(Exchange(**row) for row in body.pop("exchanges", ()))
+            return cls(measurements=rows, configurations=whole, exchanges=exchanges, **body)
         except (TypeError, KeyError) as error:
             raise ValueError(f"{origin} has missing or unknown fields: {error}.") from error
 

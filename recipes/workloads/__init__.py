@@ -22,7 +22,6 @@ import lightning.pytorch as pl
 
 TASKS = {
     "small_conv": "classification",
-    "perceptron": "classification",
     "shufflenetv2": "classification",
     "resnet50": "classification",
     "vgg19": "classification",

@@ -24,7 +24,7 @@ _FUNCTIONS = {
     ("shufflenetv2", "pytorchcv"): "shufflenetv2.shufflenetv2_w1",
     ("vgg19", "pytorchcv"): "vgg.vgg19",
 }
-_KNOWN = [("small_conv", "builtin"), ("perceptron", "builtin"), ("swin", "transformers"), *_FUNCTIONS]
+_KNOWN = [("small_conv", "builtin"), ("swin", "transformers"), *_FUNCTIONS]
 
 
 def prepare(directory: Path) -> None:
@@ -115,8 +115,7 @@ def build_net(
         classes: number of logits.
         channels: of the images.
         image_size: pixels along an edge.
-        net: for the perceptron its ``width``; for Swin, fields of transformers' `SwinConfig`, and ``attention``:
-            ``sdpa`` or ``eager``.
+        net: for Swin, fields of transformers' `SwinConfig`, and ``attention``: ``sdpa`` or ``eager``.
 
     Raises:
         ValueError: for a model that ``source`` does not have.
@@ -127,8 +126,6 @@ def build_net(
         raise ValueError(f"`workload.model={model}` is not in `workload.source={source}`. HINT: there are {known}.")
     if model == "swin":
         return _Swin(classes, channels, image_size, **net)
-    if model == "perceptron":
-        return _perceptron(channels * image_size**2, classes, **net)
     if net:
         raise ValueError(f"`workload.net={net}` does not fit {model}. HINT: leave it empty.")
     if model == "small_conv":
@@ -138,11 +135,6 @@ def build_net(
             *(nn.Flatten(), nn.Dropout(0.25), nn.Linear(32 * (image_size // 4) ** 2, classes)),
         )
     return _foreign_net(model, source, classes, image_size)
-
-
-def _perceptron(inputs: int, classes: int, *, width: int = 64) -> nn.Module:
-    """As many gradients to exchange as one likes, and little to compute."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, classes))
 
 
 def _foreign_net(model: str, source: str, classes: int, image_size: int) -> nn.Module:

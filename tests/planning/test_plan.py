@@ -3,6 +3,7 @@ from itertools import product
 
 import pytest
 
+from lightning_easyscale.placement import Placement
 from lightning_easyscale.planning import Communication, Link, ests_that_fit, plan, waste_and_speedup, worth_moving
 
 SECONDS = {"v100": 0.25, "p100": 0.42, "t4": 0.6}
@@ -26,6 +27,13 @@ def test_uneven_counts_on_equal_devices_reach_the_minimum_with_exactly_p_ests():
     allocation = plan(8, {"v100": 3}, SECONDS)
     assert sorted(allocation.ests_per_device) == [2, 3, 3]
     assert allocation.num_ests == 8
+
+
+def test_equal_speeds_give_the_even_split():
+    for n in range(1, 20):
+        for k in range(1, n + 1):
+            found = plan(n, {"a": k // 2, "b": k - k // 2}, {"a": 1.0, "b": 1.0}, use_every_device=True)
+            assert found.placement == Placement.even(n, k)
 
 
 def test_devices_that_add_no_speed_stay_idle():

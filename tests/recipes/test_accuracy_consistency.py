@@ -50,6 +50,13 @@ def test_fig9_is_the_published_schedule():
     ]
 
 
+def test_the_planner_splits_what_a_stage_leaves_open():
+    stages = check(configure("schedule=planned"))
+    assert [s.ests_per_executor for s in stages] == [(1, 1, 1, 1), (3, 1), (2, 1, 1)]
+    own = check(configure("schedule.stages=[{devices: {v100: 1, t4: 1}, steps: 1, step_seconds: {v100: 1, t4: 9}}]"))
+    assert own[0].ests_per_executor == (3, 1)
+
+
 def test_default_split_is_even_and_max_steps_ends_the_schedule_early():
     stages = check(
         configure("schedule.stages=[{devices: {v100: 1, p100: 2}, steps: 10}, {devices: {v100: 3}, steps: 9}]")
@@ -93,6 +100,10 @@ def test_misspelt_keys_are_named(override, message):
         (
             "schedule.stages=[{devices: {v100: 2}, steps: 1, ests_per_device: {p100: 2}}]",
             r"names \['p100'\] and `devices` \['v100'\]",
+        ),
+        (
+            "schedule.stages=[{devices: {p100: 1}, steps: 1, step_seconds: {v100: 1.0}}]",
+            r"stages\[0\]`: `step_seconds` has no time for device type `p100`",
         ),
         (
             "schedule.stages=[{devices: {v100: 2}, steps: 1, hosts: [{v100: 1}]}]",

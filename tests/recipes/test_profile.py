@@ -11,12 +11,11 @@ pytest.importorskip("hydra")
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
-from lightning_easyscale.planning import Configuration, Link, Measurement, Profile
+from lightning_easyscale.planning import Configuration, Exchange, Link, Measurement, Profile
 from recipes._config import ConfigError
 from recipes._profile_config import check, counts, read_pace, register
 from recipes._profile_runs import (
     concluded,
-    exchanges,
     fit_exchange,
     fit_speeds,
     planned,
@@ -61,29 +60,23 @@ def test_planned_configurations_are_those_that_are_worth_having():
     assert all(len(set(w.devices)) == 1 for w in planned(conf, WORKLOAD, speeds(v100=1.0, t4=2.6)))
 
 
-def test_exchanges_are_unpaced_and_of_several_sizes():
-    found = list(exchanges(configure()))
-    assert len({w.workload["name"] for w in found}) == 3
-    assert {len(w.devices) for w in found} == {2, 3, 4}
-    assert not any(w.paced for w in found)
-
-
 def test_speeds_and_link_are_recovered_from_what_they_generate():
     link = Link(0.002, 5e8)
     configurations = [
         Configuration("mnist_conv", "D1", 8, ("v100",), (a,), 0.03 + 0.1 * a, (0.03 + 0.1 * a,)) for a in (1, 2, 4)
     ]
-    sizes = {"mnist_conv": 1e5}
-    for width in (64, 512):
-        sizes[name := f"perceptron_{width}"] = 1e4 * width
-        for k in (2, 3):
-            exchange = link.ring_seconds(sizes[name], k)
-            configurations.append(Configuration(name, "D1", 4, ("v100",) * k, (1,) * k, 0.05 + exchange, (0.05,) * k))
+    sizes = {"mnist_conv": 1e6}
+    exchanges = tuple(Exchange(b, k, link.ring_seconds(b, k)) for b in (1e4, 1e6, 1e7) for k in (2, 3))
+    for k in (2, 4):
+        seconds = 0.03 + 0.1 * 4 / k
+        whole = seconds + link.ring_seconds(sizes["mnist_conv"], k)
+        configurations.append(Configuration("mnist_conv", "D1", 8, ("v100",) * k, (4 // k,) * k, whole, (seconds,) * k))
     row = next(m for m in fit_speeds(configurations) if m.workload == "mnist_conv")
     assert (row.seconds, row.fixed_seconds) == pytest.approx((0.1, 0.03))
-    fit = fit_exchange(configurations, sizes)
+    fit = fit_exchange(exchanges)
+    assert fit is not None
     assert (fit.link.latency_s, fit.link.bytes_per_s) == pytest.approx((0.002, 5e8), rel=1e-3)
-    profile = concluded(Profile("p", "test", (), configurations=tuple(configurations)), sizes)
+    profile = concluded(Profile("p", "test", (), configurations=tuple(configurations), exchanges=exchanges), sizes)
     assert profile.link == fit.link
     assert max(map(abs, prediction_errors(profile))) < 1e-3
 
@@ -100,6 +93,7 @@ def test_one_size_alone_gives_proportional_speeds():
         ("num_ests=[0]", "`num_ests=\\[0\\]`"),
         ("steps=1", "`steps=1`"),
         ("exchange.executors=[1]", "takes two or more"),
+        ("exchange.bytes=[0]", "`exchange.bytes=\\[0\\]`"),
         ('pace="t5:0.1"', "`pace` has 't5'"),
         ('pace="v100:x"', "has 'v100:x'"),
         ('pace="v100:-1"', "zero or more"),
@@ -120,7 +114,8 @@ def test_a_profile_is_measured_once_and_replayed(tmp_path):
     pytest.importorskip("mlxtend")
     file = tmp_path / "p.json"
     command = [sys.executable, "-m", "recipes.profile", f"hydra.run.dir={tmp_path}", f"file={file}", "devices=v100:1"]
-    command += ["num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "exchange.widths=[]", "workload.batch_size=4"]
+    command += ["num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "workload.batch_size=4"]
+    command += ["exchange.bytes=[64,200000]", "exchange.executors=[2]", "exchange.rounds=3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*more):
@@ -132,6 +127,8 @@ def test_a_profile_is_measured_once_and_replayed(tmp_path):
     assert first.returncode == 0, first.stdout + first.stderr
     profile = Profile.load(file)
     assert [(c.devices, c.ests_per_device) for c in profile.configurations] == [(("v100",), (1,)), (("v100",), (2,))]
+    assert [(e.num_bytes, e.executors) for e in profile.exchanges] == [(64.0, 2), (200000.0, 2)]
+    assert profile.link is not None
     written = file.read_text()
     again = run()
     assert again.returncode == 0

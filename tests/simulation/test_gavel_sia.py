@@ -73,8 +73,7 @@ def sia_options(policy, jobs, view):
     return [
         [
             Option(tuple(n if t == kind else 0 for t in range(len(TYPES))), worth)
-            for kind in range(len(TYPES))
-            for n, worth in policy.ladder(job, kind, view)
+            for kind, n, worth in policy.configurations(job, view)
         ]
         for job in jobs
     ]
@@ -98,15 +97,36 @@ def test_sias_fast_choice_is_the_greedy_one_and_close_to_the_best():
                 job.counts = tuple(min(n, job.spec.max_ests) if t == kind else 0 for t in range(3))
         view, policy = view_of(jobs, capacity), SiaLike()
         options = sia_options(policy, jobs, view)
+        for job in jobs:
+            if job.counts is None:
+                policy._wait(job)
+            else:
+                policy._running[job.index] = job
         fast = policy.greedily(view)
         assert all(sum(c[t] for c in fast.values()) <= capacity[t] for t in range(3))
         plain = sum(o.utility for o in choose_greedily(options, capacity) if o)
         assert worth_of(fast, options) == pytest.approx(plain, rel=0.03)  # ties fall otherwise
         best = sum(o.utility for o in choose_exactly(options, capacity) if o)
-        assert policy._exactly(view).keys() <= {j.index for j in jobs}
+        assert worth_of(policy.exactly(view), options) == pytest.approx(best)
         losses.append(1 - worth_of(fast, options) / best)
     assert min(losses) >= -1e-9
     assert sum(losses) / len(losses) < 0.05
+
+
+def test_sia_starts_the_oldest_of_a_class_and_those_that_lost_their_devices_wait_in_their_old_place():
+    profile = published_profile()
+    specs = [JobSpec(str(i), 100.0 * i, "bert", 1, 100.0, 8, False, "v100") for i in range(4)]
+    jobs = build_jobs(specs, TYPES, profile)
+    view, policy = view_of(jobs, (2, 0, 0)), SiaLike()
+    for index, counts in policy.decide(view).items():
+        jobs[index].counts = counts
+    assert [j.counts is not None for j in jobs] == [True, True, False, False]
+    view.arrived, view.evicted, jobs[0].counts = [], [jobs[0]], None
+    view.capacity[:] = [1, 0, 0]
+    assert policy.decide(view) == {}
+    view.evicted, view.gone = [], [jobs[1]]
+    del view.active[1]
+    assert list(policy.decide(view)) == [0]
 
 
 def test_sia_decides_a_settled_round_only_once():
@@ -117,7 +137,7 @@ def test_sia_decides_a_settled_round_only_once():
         for index, counts in changes.items():
             jobs[index].counts = counts
     view.now += 60.0
-    policy._exactly = policy.greedily = None  # any call would fail
+    policy.exactly = policy.greedily = None  # any call would fail
     assert policy.decide(view) == {}
     view.gone = [jobs[0]]
     with pytest.raises(TypeError):
