@@ -75,6 +75,10 @@ class Checkpointing:
             self._follower = LoaderFollower(session.contexts[rank].generators, session.member(rank), session.pools)
         return self._follower
 
+    def leave_session(self) -> None:
+        """The executors of the job have changed: loaders belong to the ESTs of the session that comes next."""
+        self._follower = None
+
     @property
     def saved_layout(self) -> BucketLayout | None:
         """The bucket layout of the checkpoint that is being resumed."""

@@ -267,6 +267,7 @@ class EasyScaleStrategy(ModelStrategy):
     def find_place(self) -> None:
         """Find out again who this process is and what it runs on: the executors of the job have changed."""
         self.session, self._has_stepped = None, False
+        self.checkpointing.leave_session()
         self.optimizers, self.lr_scheduler_configs = [], []
         for name in ("device_types", "type_environments"):
             self.__dict__.pop(name, None)

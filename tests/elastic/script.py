@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--num-ests", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hurry", type=Path)
     parser.add_argument("--reference", action="store_true", help="stock DDP, in a process per worker")
@@ -54,7 +55,8 @@ def main() -> None:
         callbacks=callbacks,
     )
     module = Slow(arguments.delay, arguments.hurry)
-    trainer.fit(module, loader(arguments.samples), loader(shuffle=False))
+    workers = {"num_workers": arguments.workers, "persistent_workers": arguments.workers > 0}
+    trainer.fit(module, loader(arguments.samples, **workers), loader(shuffle=False))
     if trainer.global_rank == 0:
         result = {"state": state_digest(trainer), "step": trainer.global_step}
         (arguments.out / "result.json").write_text(json.dumps(result))
