@@ -63,6 +63,8 @@ def read_spans(events: Path, end_step: int) -> list[Span]:
             times[kind] = time
         if kind in ("starting", "moving"):
             now = {"devices": event["devices"], "types": tuple(event["types"])}
+        elif kind == "formed" and len(now.get("types", ())) != (count := len(event["placement"])):  # by an agent
+            now = {"devices": f"{count} device" + "s" * (count > 1), "types": ("device",) * count}
         elif kind == "first_step" and times:
             times["first_step"] = time
             parts = _parts(times)

@@ -179,8 +179,11 @@ class Conductor:
             else:
                 run.pause(stage.seconds or 0.0)
                 end = run.status()["step"]
+            stages = run.status()["stages"]
             while not run.resize(following.text):
                 run.pause(0.2)  # an executor was told to end at the same moment
+            while run.status()["stages"] == stages:
+                run.pause(0.05)  # in place, training goes on until newcomers are ready
 
 
 def reference_environment(spec: RunSpec) -> dict[str, str]:

@@ -34,7 +34,7 @@ from .signals import SignalQueue
 
 _TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
 _SETTLE = 5.0  # seconds in which the other executors may end after one has failed, and say why
-_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted")  # errors of executors that another one's failure ended
+_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted", "TrainingStopped")  # ends that are not the cause
 
 
 def say(text: str) -> None:
