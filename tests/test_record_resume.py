@@ -1,4 +1,4 @@
-"""A record goes on where the checkpoint was taken: nothing of it is lost, and nothing is recorded as new that is old."""
+"""A record goes on where a checkpoint was taken: nothing is lost, and nothing old is recorded as new."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def fit(root: Path, folder: Path | None, stop: int | None) -> None:
     strategy = EasyScaleStrategy(num_ests=2, threads_per_est=1, elastic_dir=folder)
     record = RunRecord(root / "record", flush_every_n_steps=1000)
     trainer = make_trainer(
-        root, strategy=strategy, max_epochs=1, val_check_interval=4, callbacks=[record, StopAfter(stop)]
+        root, strategy=strategy, max_epochs=1, val_check_interval=6, callbacks=[record, StopAfter(stop)]
     )
-    trainer.fit(Logging(), loader(), loader(shuffle=False))
+    trainer.fit(Logging(), loader(80), loader(shuffle=False))
 
 
 def test_metrics_of_before_are_not_recorded_as_new(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_metrics_of_before_are_not_recorded_as_new(tmp_path: Path) -> None:
     fit(tmp_path / "whole", None, None)
     pl.seed_everything(3, verbose=False)
     with pytest.raises(TrainingStopped):
-        fit(tmp_path / "parts", tmp_path / "job", 4)
+        fit(tmp_path / "parts", tmp_path / "job", 6)
     pl.seed_everything(3, verbose=False)
     fit(tmp_path / "parts", tmp_path / "job", None)
     difference = compare(tmp_path / "whole" / "record", tmp_path / "parts" / "record")
