@@ -57,6 +57,7 @@ __all__ = [
     "continue_epoch",
     "follow_agreed_stop",
     "forget_loader_states",
+    "forget_metric_names",
     "inside_accumulation",
     "inside_epoch",
     "observe_processes",
@@ -279,6 +280,11 @@ def resume_shown_metrics(trainer: Trainer, shown: dict[str, dict[str, Any]]) -> 
         if name == "_progress_bar_metrics":
             values = {key: value.item() for key, value in values.items()}
         setattr(trainer._logger_connector, name, values)
+
+
+def forget_metric_names(module: LightningModule) -> None:
+    """`self.log` remembers a module's metrics by identity, which a clone's are not."""
+    module._metric_attributes = None
 
 
 def steps_done(module: LightningModule) -> int:
