@@ -61,21 +61,21 @@ def test_configurations_that_cannot_run_are_refused(changes: dict[str, Any], say
 def test_spans_are_read_from_events(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"event": "starting", "time": 0.0, "devices": "2 v100", "types": ["v100", "v100"]},
-        {"event": "formed", "time": 3.0},
+        {"event": "formed", "time": 3.0, "placement": [1, 1]},
         {"event": "first_step", "time": 4.0, "step": 1},
         {"event": "stopping", "time": 10.0},
         {"event": "agreed", "time": 10.25, "step": 6},
         {"event": "saved", "time": 10.5, "step": 6},
         {"event": "starting", "time": 11.0, "devices": "1 t4", "types": ["t4"]},
         {"event": "starting", "time": 12.0, "devices": "1 t4", "types": ["t4"]},  # the first start was killed
-        {"event": "formed", "time": 14.0},
+        {"event": "formed", "time": 14.0, "placement": [2]},
         {"event": "first_step", "time": 15.0, "step": 7},
         {"event": "moving", "time": 18.0, "devices": "2 t4", "types": ["t4", "t4"]},
         {"event": "stopping", "time": 18.0},
         {"event": "notice", "time": 18.0},
         {"event": "agreed", "time": 18.25, "step": 9},
         {"event": "saved", "time": 18.75, "step": 9},
-        {"event": "formed", "time": 19.0},
+        {"event": "formed", "time": 19.0, "placement": [1, 1]},
         {"event": "first_step", "time": 19.5, "step": 10},
     ]
     file = tmp_path / "events.jsonl"
