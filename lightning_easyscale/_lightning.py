@@ -351,6 +351,8 @@ def begin_fit(trainer: Trainer) -> None:
     trainer.state.status = TrainerStatus.RUNNING
     trainer.training = True
     trainer.should_stop = False
+    # `fit` makes both anew; clones are made before it does.
+    trainer.fit_loop._combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
 class _AgreedStop(_SignalConnector):
