@@ -57,6 +57,7 @@ __all__ = [
     "continue_epoch",
     "follow_agreed_stop",
     "forget_loader_states",
+    "forget_metric_names",
     "inside_accumulation",
     "inside_epoch",
     "observe_processes",
@@ -281,6 +282,11 @@ def resume_shown_metrics(trainer: Trainer, shown: dict[str, dict[str, Any]]) -> 
         setattr(trainer._logger_connector, name, values)
 
 
+def forget_metric_names(module: LightningModule) -> None:
+    """`self.log` remembers a module's metrics by identity, which a clone's are not."""
+    module._metric_attributes = None
+
+
 def steps_done(module: LightningModule) -> int:
     """Optimizer steps of the module's trainer; 0 before it has one."""
     return 0 if module._trainer is None else module.trainer.global_step
@@ -345,6 +351,8 @@ def begin_fit(trainer: Trainer) -> None:
     trainer.state.status = TrainerStatus.RUNNING
     trainer.training = True
     trainer.should_stop = False
+    # `fit` makes both anew; clones are made before it does.
+    trainer.fit_loop._combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
 
 
 class _AgreedStop(_SignalConnector):

@@ -34,6 +34,10 @@ def _stop_left_to_boundaries(trainer: Trainer) -> Iterator[None]:
 class _FitBoundaries:
     trainer: Any
 
+    def on_run_start(self) -> None:
+        self.trainer.strategy.checkpointing.resume_shown_metrics()
+        super().on_run_start()  # type: ignore[misc]
+
     def on_advance_start(self) -> None:
         loop: Any = self
         if not loop.restarted_mid_epoch and not loop.restarted_on_epoch_end and not loop.restarted_on_epoch_start:

@@ -77,7 +77,13 @@ class RunRecord(Callback):
         self._seen_metrics: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of micro-batches done, so that a resumed run continues the record where this state was taken."""
+        """Number of micro-batches done, so that a resumed run continues the record where this state was taken.
+
+        What was recorded of them is in the file when this returns: a process that is killed after the checkpoint was
+        committed has lost nothing of the record that the next one goes on with.
+        """
+        if self._writer is not None:
+            self._writer.flush(wait=True)
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

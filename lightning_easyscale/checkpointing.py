@@ -75,6 +75,12 @@ class Checkpointing:
             self._follower = LoaderFollower(session.contexts[rank].generators, session.member(rank), session.pools)
         return self._follower
 
+    def leave_session(self) -> None:
+        """The executors of the job have changed: loaders belong to the ESTs of the session that comes next."""
+        if self._follower is not None:
+            self._follower.release()
+            self._follower = None
+
     @property
     def saved_layout(self) -> BucketLayout | None:
         """The bucket layout of the checkpoint that is being resumed."""
@@ -153,6 +159,11 @@ class Checkpointing:
                 # Lightning cannot know that this package continues inside the epoch.
                 warnings.filterwarnings("ignore", message=".*ended before the epoch ended and your dataloader is not")
         return checkpoint
+
+    def resume_shown_metrics(self) -> None:
+        """Restore what callbacks can see of logged values; before any hook of theirs is called."""
+        if self._entry is not None:
+            pl.resume_shown_metrics(self._trainer, self._entry["ests"][self._strategy.global_rank]["shown"])
 
     def resume(self) -> None:
         """Restore this EST from the checkpoint that was loaded, if any, and begin to look for boundaries."""

@@ -16,12 +16,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from . import _lightning as pl
-from .elastic.notice import StopNotice
+from .elastic.notice import STOPPED, StopNotice
 from .elastic.spare import wait_as_spare
 from .environment import apply_environment, environment_in_force
-from .stopping import stop_signals
+from .stopping import TrainingStopped, stop_signals
 from .topology import EXECUTOR_VARIABLE
 
 if TYPE_CHECKING:
@@ -59,17 +60,10 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
             assert self.strategy.boundaries.elastic_dir is not None
             wait_as_spare(self.strategy.boundaries.elastic_dir)
         assert trainer is not None
-        with self._listen(trainer) as notice:
+        with listen(trainer, self.strategy, self._end_executors) as notice:
             if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:
                 self._start_executors(notice)
             return self.strategy.execution.run(trainer, function, args, kwargs, notice)
-
-    def _listen(self, trainer: Trainer) -> AbstractContextManager[StopNotice | None]:
-        """Listen to stop signals while a `fit` runs."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return nullcontext()
-        environment = self.strategy.virtual_environment.physical
-        return StopNotice(stop_signals(environment), end_children=self._end_executors)
 
     def _end_executors(self) -> None:
         for process in self.procs:
@@ -104,17 +98,34 @@ class EasyScaleSpawnLauncher(pl.MultiProcessingLauncher):
     """Starts the executors from the trainer call; executor 0 sends the lead EST's results back.
 
     The calling process is not an executor. Fork and spawn hand its environment on as it is, so all executors must be
-    able to run in that.
+    able to run in that. A stop signal to it is passed on to the executors, which stop as everywhere; executors that
+    have stopped end well, and the calling process then raises `TrainingStopped` for all of them.
     """
 
     def __init__(self, strategy: EasyScaleStrategy, start_method: Any) -> None:
+        self._notice: StopNotice | None = None
         super().__init__(strategy, start_method=start_method)
+
+    @property
+    def procs(self) -> list[Any]:
+        """The executors' processes."""
+        return self._procs
+
+    @procs.setter
+    def procs(self, started: list[Any]) -> None:
+        self._procs = started
+        if started and self._notice is not None:
+            self._notice.ask(self._pass_on)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_notice": None, "_procs": []}
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of new processes.
 
         Raises:
             RuntimeError: if an executor needs another environment than this process has.
+            TrainingStopped: if a stop signal has ended training.
         """
         strategy: Any = self._strategy
         for executor, environment in strategy.type_environments.items():
@@ -126,16 +137,64 @@ class EasyScaleSpawnLauncher(pl.MultiProcessingLauncher):
                     " `start_method='popen'`, or start this process with these variables and use one device type."
                 )
         os.environ.setdefault("MASTER_ADDR", strategy.virtual_environment.main_address)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
+        assert trainer is not None
+        self._procs = []
+        with listen(trainer, strategy, self._end_executors) as self._notice:
+            try:
+                result = super().launch(function, *args, trainer=trainer, **kwargs)
+            except ProcessExitedException as error:
+                if error.exit_code != STOPPED:
+                    raise
+                raise TrainingStopped from None  # in start-up
+            finally:
+                self._notice = None
+        if isinstance(result, _Stopped):
+            raise TrainingStopped
+        return result
+
+    def _pass_on(self) -> None:
+        for process in self._procs:
+            if process.is_alive():
+                process.terminate()
+
+    def _end_executors(self) -> None:
+        for process in self._procs:
+            process.kill()
 
     def _wrapping_function(
         self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *rest: Any
     ) -> None:
         strategy: Any = self._strategy
+        if self._notice is not None:
+            self._notice.leave_to_parent()
         os.environ[EXECUTOR_VARIABLE] = str(strategy.topology.local_executors[process_idx])
         strategy.set_world_ranks()
 
         def on_every_est(*inner: Any, **inner_kwargs: Any) -> Any:
-            return strategy.execution.run(trainer, function, inner, inner_kwargs)
+            with listen(trainer, strategy, end_children=lambda: None) as notice:
+                try:
+                    return strategy.execution.run(trainer, function, inner, inner_kwargs, notice)
+                except TrainingStopped as error:
+                    pl.on_interrupt(trainer, error)
+                    return _Stopped()
 
         super()._wrapping_function(process_idx, trainer, on_every_est, args, kwargs, *rest)
+
+
+class _Stopped:
+    """The result of an executor that a stop signal has ended."""
+
+
+def listen(
+    trainer: Trainer, strategy: EasyScaleStrategy, end_children: Callable[[], None]
+) -> AbstractContextManager[StopNotice | None]:
+    """Listen to stop signals while a `fit` runs.
+
+    Args:
+        trainer: the trainer.
+        strategy: its strategy.
+        end_children: ends the processes that this one has started.
+    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return nullcontext()
+    return StopNotice(stop_signals(strategy.virtual_environment.physical), end_children=end_children)

@@ -113,7 +113,7 @@ class RecordWriter:
         self._append({"kind": "event", "event": name, "step": step, "batch": batch, "data": dict(data or {})}, {})
 
     def flush(self, *, wait: bool = False) -> None:
-        """Hand everything pending to the writing thread; with ``wait`` until it is on disk.
+        """Hand everything pending to the writing thread; with ``wait`` until it is in the file.
 
         Raises:
             OSError: what the writing thread met, for instance a full disk.
@@ -142,6 +142,7 @@ class RecordWriter:
         finally:
             self._queue.put(None)
             self._thread.join()
+            os.fsync(self._file.fileno())
             self._file.close()
 
     def _append(self, line: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -178,9 +179,7 @@ class RecordWriter:
     def _write_loop(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
-                if isinstance(item, threading.Event):
-                    os.fsync(self._file.fileno())
-                elif self._error is None:
+                if not isinstance(item, threading.Event) and self._error is None:
                     self._file.write(_format(*item, exact_elements=self._exact_elements))
                     self._file.flush()
             except BaseException as error:  # handed to the training thread at its next flush

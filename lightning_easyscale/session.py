@@ -310,6 +310,8 @@ class Session:
             [trainer, function, args, kwargs]
         )
         clone.strategy.become(rank)
+        if clone.lightning_module is not None:
+            pl.forget_metric_names(clone.lightning_module)
         if isinstance(clone.profiler, _PROFILERS):
             clone.profiler = PassThroughProfiler()
         self.strategies[rank] = clone.strategy

@@ -82,7 +82,6 @@ class ESTState:
         for name, value in state["metrics"].items():
             _load_metric(metrics[name], value, module.device)
         pl.resume_logged_values(self._trainer, state["logged"])
-        pl.resume_shown_metrics(self._trainer, state["shown"])
         parameters = dict(module.named_parameters())
         for name, gradient in state["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)

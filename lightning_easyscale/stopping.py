@@ -182,6 +182,8 @@ class Boundaries:
         self._restore_sanity_steps()
         if self.elastic_dir is None:
             return
+        # An executor that is lost before it has torn down goes on from them.
+        self._session.peers.agree("end of training")
         if self._session.peers.index == 0:
             self._session.snapshots.wait()
             self._folder().clear()

@@ -267,6 +267,8 @@ class EasyScaleStrategy(ModelStrategy):
 
     def find_place(self) -> None:
         """Find out again who this process is and what it runs on: the executors of the job have changed."""
+        for strategy in self.session.strategies.values() if self.session is not None else ():
+            strategy.checkpointing.leave_session()
         self.session, self._has_stepped = None, False
         self.optimizers, self.lr_scheduler_configs = [], []
         for name in ("device_types", "type_environments"):

@@ -74,6 +74,9 @@ class WorkloadConf:
         classes: of synthetic data.
         samples: of an epoch, where the data is made up.
         batch_size: samples per EST and micro-batch.
+        validation_batch_size: samples per EST and validation batch; default: the workload's own.
+        workers: loader processes per EST.
+        persistent_workers: whether they live from epoch to epoch.
         lr: learning rate.
         learn_steps: optimizer steps of `recipes.learn`.
     """
@@ -90,6 +93,9 @@ class WorkloadConf:
     classes: int = 10
     samples: int = 1000
     batch_size: int = 16
+    validation_batch_size: Optional[int] = None  # noqa: UP045
+    workers: int = 0
+    persistent_workers: bool = False
     lr: float = 0.02
     learn_steps: int = 200
 
@@ -106,6 +112,7 @@ class TrainerConf:
     """Arguments of the Trainer; ``max_steps`` ends the schedule early."""
 
     max_steps: Optional[int] = None  # noqa: UP045
+    val_check_interval: Optional[int] = None  # noqa: UP045
     accumulate_grad_batches: int = 1
     gradient_clip_val: Optional[float] = None  # noqa: UP045
     precision: str = "32-true"

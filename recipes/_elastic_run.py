@@ -5,14 +5,18 @@ The supervisor needs the main thread for its signals, so what disturbs it runs b
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_easyscale.elastic.control import JobError, JobFolder
 from lightning_easyscale.elastic.group import Devices
+from lightning_easyscale.elastic.notice import STOPPED
 from lightning_easyscale.elastic.supervisor import Supervisor
 
 from ._runs import RunFailedError, _tail
@@ -32,10 +36,21 @@ class ElasticRun:
         devices: what it starts on, as for ``--devices``.
         tell: takes lines for people.
         max_restarts: restarts in a row without progress before the job fails.
+        in_place: whether executors whose devices stay keep their processes.
+        timeout_s: seconds after which the job is ended and has failed; its processes then say in the log where they
+            were.
     """
 
     def __init__(
-        self, spec: RunSpec, directory: Path, devices: str, *, tell: Callable[[str], None], max_restarts: int = 3
+        self,
+        spec: RunSpec,
+        directory: Path,
+        devices: str,
+        *,
+        tell: Callable[[str], None],
+        max_restarts: int = 3,
+        in_place: bool = False,
+        timeout_s: float = float("inf"),
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.spec = spec
@@ -45,9 +60,17 @@ class ElasticRun:
         file.write_text(spec.dumps())
         command = [sys.executable, "-m", f"{__package__}._stage", str(file)]
         self._ended = threading.Event()
+        self._timed_out = False
         self._errors: list[BaseException] = []
+        self._deadline = time.monotonic() + timeout_s
         self._supervisor = Supervisor(
-            self.folder, command, Devices.parse(devices), tell=tell, output=self.log, max_restarts=max_restarts
+            self.folder,
+            command,
+            Devices.parse(devices),
+            tell=tell,
+            output=self.log,
+            max_restarts=max_restarts,
+            in_place=in_place,
         )
 
     def run(self, disturb: Callable[[ElasticRun], None]) -> dict[str, Any]:
@@ -58,6 +81,7 @@ class ElasticRun:
 
         Raises:
             RunFailedError: if the job fails.
+            SystemExit: if a signal has ended it.
         """
         thread = threading.Thread(target=self._play, args=[disturb])
         thread.start()
@@ -68,15 +92,30 @@ class ElasticRun:
             thread.join()
         if self._errors:
             raise self._errors[0]
+        if code in (STOPPED, 130, 143) and not self._timed_out:
+            raise SystemExit(code)  # somebody has ended this recipe
         if code != 0:
             raise RunFailedError(f"the job ended with status {code}; its log is {self.log}:\n{_tail(self.log)}")
         return self.folder.read_state()
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether training has ended by itself, whatever became of the processes then."""
+        return '"event": "trained"' in self.folder.events.read_text()
 
     def _play(self, disturb: Callable[[ElasticRun], None]) -> None:
         try:
             disturb(self)
         except JobEndedError:
             pass
+        except TimeoutError:
+            self._timed_out = True
+            for pid in self.status()["executors"]:
+                os.kill(pid, signal.SIGUSR2)
+            time.sleep(1.0)
+            for _ in range(2):  # the second one ends the job at once
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2.0)
         except BaseException as error:
             self._errors.append(error)
 
@@ -97,7 +136,10 @@ class ElasticRun:
 
         Raises:
             JobEndedError: if the job ends meanwhile.
+            TimeoutError: if its time is up.
         """
+        if time.monotonic() > self._deadline:
+            raise TimeoutError
         if self._ended.wait(seconds):
             raise JobEndedError
 

@@ -7,8 +7,10 @@ one torchrun agent per host instead.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +50,8 @@ class RunSpec:
         report: file that executor ``i`` appends the time of each of its steps to, as ``<report>.<i>``; None: no file.
         control: file that ends the run at the next step, with a checkpoint, when it appears; None: no file.
         rebalance: arguments of `Rebalance`; None: ESTs stay.
+        snapshot_every: optimizer steps between snapshots of an elastic run; None: no snapshots.
+        phases: file in which executors keep what they are doing (`_phases`); None: no file.
     """
 
     kind: str
@@ -77,6 +81,8 @@ class RunSpec:
     control: str | None = None
     rebalance: dict[str, Any] | None = None
     step_seconds: dict[str, float] | None = None
+    snapshot_every: int | None = None
+    phases: str | None = None
 
     def dumps(self) -> str:
         """As JSON; equal text means an equal run."""
@@ -97,6 +103,7 @@ def run(spec: RunSpec) -> None:
     from lightning_easyscale.callbacks import RunRecord
     from lightning_easyscale.rebalance import Rebalance
 
+    from ._phases import Phases
     from ._stage_callbacks import Pace, SaveAtEnd, StepReport
     from .workloads import build
 
@@ -106,6 +113,8 @@ def run(spec: RunSpec) -> None:
     callbacks = [RunRecord(spec.record, digest_at=spec.digest_at), *arguments.pop("callbacks", ())]
     if spec.pace:
         callbacks.append(Pace(spec.pace))
+    if spec.phases is not None:
+        callbacks.append(Phases(spec.phases))
     if spec.report is not None:
         callbacks.append(StepReport(spec.report))
     if spec.rebalance is not None:
@@ -163,6 +172,7 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
         ests_per_executor=spec.ests_per_executor or None,
         step_seconds=spec.step_seconds,
         process_group_backend=spec.process_group_backend,
+        snapshot_every_n_steps=spec.snapshot_every,
     )
     # over several hosts, torchrun started this process and says which of them this is
     here = spec.hosts[int(os.environ["GROUP_RANK"])] if spec.hosts else spec.devices
@@ -176,4 +186,5 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("MPLBACKEND", "Agg")
+    faulthandler.register(signal.SIGUSR2)  # a run that hangs can be asked where
     run_file(Path(sys.argv[1]))

@@ -52,6 +52,15 @@ class Pace(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         """Sleep; the other ESTs of the executor wait for their turn meanwhile, as for any computation."""
+        self._sleep(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Sleep in validation too."""
+        self._sleep(trainer)
+
+    def _sleep(self, trainer: pl.Trainer) -> None:
         executor = getattr(trainer.strategy, "executor_index", trainer.global_rank)
         seconds = [row[executor] for first, row in self.pace if first <= trainer.global_step]
         if seconds:

@@ -26,9 +26,12 @@ class Span:
         types: device type of each executor.
         first_step: optimizer steps done before it.
         end_step: and after it.
-        paused_s: seconds without training before its first step was done; of the first stage, its start.
-        stopping_s: of them, until the processes before it had saved and ended.
-        forming_s: then, until the new processes were connected.
+        paused_s: seconds from the notice before it until its first step was done; of the first stage, its start. The
+            four that follow add up to it.
+        boundary_s: until all ESTs had agreed on the step to stop at; they trained until then.
+        saving_s: then, until they had saved.
+        forming_s: then, until the executors of this stage were connected.
+        stepping_s: then, until the first step was done.
     """
 
     devices: str
@@ -36,12 +39,14 @@ class Span:
     first_step: int
     end_step: int
     paused_s: float
-    stopping_s: float
+    boundary_s: float
+    saving_s: float
     forming_s: float
+    stepping_s: float
 
 
 def read_spans(events: Path, end_step: int) -> list[Span]:
-    """The stages in which steps were done, in order; starts that came to nothing count as pauses.
+    """The stages of a job that has ended.
 
     Args:
         events: the job's file of events.
@@ -49,23 +54,33 @@ def read_spans(events: Path, end_step: int) -> list[Span]:
     """
     spans: list[dict[str, Any]] = []
     now: dict[str, Any] = {}
-    began: float | None = None  # when the pause began that lasts
+    times: dict[str, float] = {}  # when the pause that lasts began, and what has been reached in it
     for event in map(json.loads, events.read_text().splitlines()):
         kind, time = event["event"], event["time"]
-        if kind in ("stopping", "notice") and began is None:
-            began = time
-        elif kind == "starting":
-            began = time if began is None else began
-            now = {"devices": event["devices"], "types": tuple(event["types"]), "starting": time}
-        elif kind == "formed":
-            now["formed"] = time
-        elif kind == "first_step" and began is not None:
-            span = {"devices": now["devices"], "types": now["types"], "first_step": event["step"] - 1}
-            parts = now["starting"] - began, now["formed"] - now["starting"]
-            spans.append({**span, "paused_s": time - began, "stopping_s": parts[0], "forming_s": parts[1]})
-            began = None
+        if kind in ("stopping", "notice", "starting"):
+            times.setdefault("began", time)
+        if kind in ("agreed", "saved", "formed"):
+            times[kind] = time
+        if kind in ("starting", "moving"):
+            now = {"devices": event["devices"], "types": tuple(event["types"])}
+        elif kind == "formed" and len(now.get("types", ())) != (count := len(event["placement"])):  # by an agent
+            now = {"devices": f"{count} device" + "s" * (count > 1), "types": ("device",) * count}
+        elif kind == "first_step" and times:
+            times["first_step"] = time
+            parts = _parts(times)
+            spans.append({**now, "first_step": event["step"] - 1, "paused_s": sum(parts.values()), **parts})
+            times = {}
     ends = [span["first_step"] for span in spans[1:]] + [end_step]
     return [Span(**span, end_step=end) for span, end in zip(spans, ends, strict=True)]
+
+
+def _parts(times: dict[str, float]) -> dict[str, float]:
+    """How long each part of a pause took; one that a crash left out took no time."""
+    parts, last = {}, times["began"]
+    for mark, name in (("agreed", "boundary"), ("saved", "saving"), ("formed", "forming"), ("first_step", "stepping")):
+        at = max(times.get(mark, last), last)
+        parts[f"{name}_s"], last = at - last, at
+    return parts
 
 
 def plain(spans: Sequence[Span]) -> list[dict[str, Any]]:

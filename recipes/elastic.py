@@ -2,9 +2,10 @@
 
 ``python -m recipes.elastic`` runs the reference (stock ``Trainer(strategy="ddp")`` on as many workers as there are
 ESTs), then one job under the supervisor that moves from stage to stage while it trains: after so many steps, or after
-so many seconds. ``elastic=relaunch`` changes devices by a checkpoint and new processes. A stage given by steps is left
-at the first step that all ESTs agree on after it. Into ``hydra.run.dir`` go ``report.json``, ``timeline.png`` and the
-run records. Exit status 1 if a bit differs from the reference that should not.
+so many seconds. ``elastic=relaunch`` changes devices by a checkpoint and new processes; with ``elastic=in_place``
+executors whose devices stay keep their processes. A stage given by steps is left at the first step that all ESTs agree
+on after it (in place: after its newcomers are ready, too). Into ``hydra.run.dir`` go ``report.json``, ``timeline.png``
+and the run records. Exit status 1 if a bit differs from the reference that should not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads these at run time
 
 import hydra
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -31,6 +33,7 @@ from lightning_easyscale.record import Record
 
 from ._config import ConfigError, TrainerConf, WorkloadConf
 from ._elastic_run import ElasticRun
+from ._machine import device_name
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._schedules import LiveStage, check_stages, random_stages
 from ._stage import RunSpec
@@ -77,7 +80,7 @@ class ElasticConf:
         workload: group.
         live_schedule: group.
         trainer: group.
-        elastic: ``relaunch``; ``in_place`` is not available yet.
+        elastic: ``relaunch`` or ``in_place``.
         level: ``d1`` (one device type) or ``d1+d2``.
         max_steps: optimizer steps of the job.
         seed: of training and of random schedules.
@@ -107,11 +110,8 @@ def stages_of(conf: ElasticConf) -> list[LiveStage]:
     Raises:
         ConfigError: for what cannot run.
     """
-    if conf.elastic != "relaunch":
-        known = conf.elastic == "in_place"
-        raise ConfigError(
-            f"`elastic={conf.elastic}` is {'not available yet' if known else 'unknown'}. HINT: use `elastic=relaunch`."
-        )
+    if conf.elastic not in ("relaunch", "in_place"):
+        raise ConfigError(f"`elastic={conf.elastic}` is unknown. HINT: use `elastic=relaunch` or `elastic=in_place`.")
     if conf.level not in ("d1", "d1+d2"):
         raise ConfigError(f"`level={conf.level}` promises nothing over a change of devices. HINT: `d1` or `d1+d2`.")
     schedule = conf.live_schedule
@@ -187,8 +187,11 @@ class Conductor:
             else:
                 run.pause(stage.seconds or 0.0)
                 end = run.status()["step"]
+            stages = run.status()["stages"]
             while not run.resize(following.text):
                 run.pause(0.2)  # an executor was told to end at the same moment
+            while run.status()["stages"] == stages:
+                run.pause(0.05)  # in place, training goes on until newcomers are ready
 
 
 def reference_environment(spec: RunSpec) -> dict[str, str]:
@@ -218,9 +221,13 @@ def run(conf: ElasticConf, directory: Path, console: Console) -> dict[str, Any]:
         )
     os.environ.update(child_environment({**os.environ, devices.EMULATE_VARIABLE: str(int(conf.emulate))}))
     live = ElasticRun(
-        job, directory / "job" / "elastic", stages[0].text, tell=lambda line: console.print(line, highlight=False)
+        job,
+        directory / "job" / "elastic",
+        stages[0].text,
+        tell=lambda line: console.print(line, highlight=False),
+        in_place=conf.elastic == "in_place",
     )
-    began = time.monotonic()
+    began, started = time.monotonic(), time.gmtime()
     state = live.run(Conductor(stages))
     seconds = time.monotonic() - began
     difference = compare(reference.record, job.record)
@@ -232,6 +239,8 @@ def run(conf: ElasticConf, directory: Path, console: Console) -> dict[str, Any]:
         "elastic": conf.elastic,
         "stages": plain(spans),
         "seconds": round(seconds, 2),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", started),
+        "machine": {"device": device_name(not conf.emulate and torch.cuda.is_available()), "cpus": os.cpu_count()},
         "steps_redone": state["steps_redone"],
         "num_ests": record.num_ests,
         "fingerprint": record.ests[0].events[0]["data"]["fingerprint"],
@@ -245,10 +254,9 @@ def run(conf: ElasticConf, directory: Path, console: Console) -> dict[str, Any]:
 
 
 def _table(spans: list[Span]) -> Table:
-    table = Table("devices", "steps", "paused s", "save and end s", "form s", "first step s")
+    table = Table("devices", "steps", "paused s", "to boundary s", "save s", "form s", "first step s")
     for span in spans:
-        rest = span.paused_s - span.stopping_s - span.forming_s
-        parts = (span.paused_s, span.stopping_s, span.forming_s, rest)
+        parts = (span.paused_s, span.boundary_s, span.saving_s, span.forming_s, span.stepping_s)
         table.add_row(span.devices, f"{span.first_step}..{span.end_step}", *(f"{part:.2f}" for part in parts))
     return table
 

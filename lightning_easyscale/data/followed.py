@@ -100,6 +100,14 @@ class FollowedLoader:
         """The loader; None if it is gone."""
         return self._loader()
 
+    def release(self) -> None:
+        """Give the loader back as it was; the workers of its iterator end."""
+        self._iterator = self._stream = None
+        loader = self.loader
+        if isinstance(loader, DataLoader) and "_easyscale_iterate" in vars(loader):
+            loader.__class__ = self._cls
+            vars(loader).pop("_easyscale_iterate")
+
     # -- generators ------------------------------------------------------------------------------------------------
     def take(self) -> dict[str, Any]:
         """The EST's generators and the loader's own, as they are."""

@@ -69,6 +69,11 @@ class LoaderFollower:
                 self._expect(followed, self._expected_shared.pop(0))
             _replace_iter(loader, followed.iterator)
 
+    def release(self) -> None:
+        """Give all loaders back as they were."""
+        for known in (*self._loaders, *self._shared.values()):
+            known.release()
+
     def _new(self, loader: Any) -> FollowedLoader:
         self._attached += 1
         return FollowedLoader(

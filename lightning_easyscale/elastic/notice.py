@@ -51,6 +51,16 @@ class StopNotice:
         """The request was answered; the next signal is a first one, and there is nobody yet to ask."""
         self.requested = self._ask = self._first = None
 
+    def leave_to_parent(self) -> None:
+        """Called in a forked process: what it listens to from now on is its own affair."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()
+        signal.set_wakeup_fd(self._other_descriptor)
+        # Only closed: a shutdown would reach the parent's listener too.
+        self._theirs.close()
+        self._mine.close()
+
     def ask(self, request: Callable[[], None]) -> None:
         """From now on a signal calls `request` instead of ending the process."""
         self._ask = request

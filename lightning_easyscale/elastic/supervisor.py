@@ -34,7 +34,7 @@ from .signals import SignalQueue
 
 _TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
 _SETTLE = 5.0  # seconds in which the other executors may end after one has failed, and say why
-_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted")  # errors of executors that another one's failure ended
+_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted", "TrainingStopped")  # ends that are not the cause
 
 
 def say(text: str) -> None:
@@ -141,6 +141,7 @@ class Supervisor:
         if self._since is None:
             self._since = time.monotonic()
         self._end_move()
+        self._report_devices("starting", self.devices)
         self._begin_stage(self._start(self.devices))
         checkpoint = self.folder.newest_checkpoint()
         self._tell(f"starting on {self.devices}, {f'from {checkpoint}' if checkpoint else 'from the beginning'}")
@@ -171,8 +172,10 @@ class Supervisor:
         self._phase, self._deadline, self._first_to_fail, self._errors = "starting", None, None, []
         self._asked = self._started_well = False
         self._stages += 1
-        types = list(self.devices.types) or ["device"] * self.devices.count
-        report_to(self.folder.events, "starting", devices=str(self.devices), types=types)
+
+    def _report_devices(self, event: str, devices: Devices) -> None:
+        types = list(devices.types) or ["device"] * devices.count
+        report_to(self.folder.events, event, devices=str(devices), types=types)
 
     def _look(self) -> int | None:
         """What the executors' exit codes mean; an exit code of our own when all is over."""
@@ -242,6 +245,7 @@ class Supervisor:
             self._deadline = min(self._deadline or float("inf"), time.monotonic() + _SETTLE)
         elif move.warm and not move.announced:
             move.announce()
+            self._report_devices("moving", self._next or self.devices)
             self._terminate()
 
     def _end_move(self) -> None:

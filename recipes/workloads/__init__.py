@@ -20,6 +20,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from ._common import Loaders
+
 TASKS = {
     "small_conv": "classification",
     "shufflenetv2": "classification",
@@ -50,7 +52,7 @@ def prepare(workload: Mapping[str, Any], directory: Path) -> Path:
     return directory
 
 
-def build(workload: Mapping[str, Any], directory: str | Path) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+def build(workload: Mapping[str, Any], directory: str | Path) -> tuple[pl.LightningModule, Loaders]:
     """The module and the data of a workload.
 
     Args:
@@ -64,12 +66,14 @@ def build(workload: Mapping[str, Any], directory: str | Path) -> tuple[pl.Lightn
     """
     task = _task(workload)
     try:
-        made: tuple[pl.LightningModule, pl.LightningDataModule] = task.build(workload, Path(directory))
+        module, data = task.build(workload, Path(directory))
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise ValueError(f"`workload.net={dict(workload['net'])}` does not fit {workload['model']}: {error}") from error
-    return made
+    data.workers, data.persistent_workers = workload["workers"], workload["persistent_workers"]
+    data.validation_batch_size = workload["validation_batch_size"] or data.validation_batch_size
+    return module, data
 
 
 def _task(workload: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Loaders(pl.LightningDataModule):
-    """Shuffled training batches and validation batches in order, loaded in the main process.
+    """Shuffled training batches and validation batches in order.
 
     Args:
         train: training samples; Lightning puts in the distributed sampler.
@@ -20,6 +20,10 @@ class Loaders(pl.LightningDataModule):
         batch_size: training samples per rank and batch.
         validation_batch_size: default: ``batch_size``.
         collate: makes a batch of what the datasets give; default: torch's.
+
+    Attributes:
+        workers: processes that load, for each loader of a rank.
+        persistent_workers: whether they live from epoch to epoch.
     """
 
     def __init__(
@@ -34,14 +38,25 @@ class Loaders(pl.LightningDataModule):
         super().__init__()
         self.train, self.validation, self.batch_size, self.collate = train, validation, batch_size, collate
         self.validation_batch_size = validation_batch_size or batch_size
+        self.workers, self.persistent_workers = 0, False
 
     def train_dataloader(self) -> DataLoader[Any]:
         """In a new order every epoch."""
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, collate_fn=self.collate)
+        return self._loader(self.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """In order."""
-        return DataLoader(self.validation, batch_size=self.validation_batch_size, collate_fn=self.collate)
+        return self._loader(self.validation, self.validation_batch_size, shuffle=False)
+
+    def _loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            persistent_workers=self.persistent_workers,
+        )
 
 
 def package_file(package: str, name: str, *, hint: str) -> Path:

@@ -86,9 +86,11 @@ class Classifier(pl.LightningModule):
         self.accuracy = MulticlassAccuracy(classes, average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """The loss of one batch; logs the epoch's mean over all ranks."""
         images, labels = batch
-        return functional.cross_entropy(self.net(images), labels)
+        loss = functional.cross_entropy(self.net(images), labels)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs loss and accuracy over all ranks."""

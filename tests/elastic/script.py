@@ -34,27 +34,33 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-ests", type=int, default=4)
+    parser.add_argument("--devices", type=int, default=1, help="where no supervisor decides")
+    parser.add_argument("--start-method", default="popen")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hurry", type=Path)
     parser.add_argument("--reference", action="store_true", help="stock DDP, in a process per worker")
     arguments = parser.parse_args()
     pl.seed_everything(11, verbose=False)
     callbacks: list[Any] = [RunRecord(arguments.out / "record", digest_every_n_steps=4, flush_every_n_steps=1)]
-    strategy: Any = EasyScaleStrategy(num_ests=arguments.num_ests, threads_per_est=1)
+    strategy: Any = EasyScaleStrategy(
+        num_ests=arguments.num_ests, threads_per_est=1, start_method=arguments.start_method
+    )
     if arguments.reference:
         strategy = "ddp"
         callbacks.append(DeterminismCallback("D1", threads=1))
     trainer = make_trainer(
         arguments.out,
         strategy=strategy,
-        devices=arguments.num_ests if arguments.reference else 1,
+        devices=arguments.num_ests if arguments.reference else arguments.devices,
         max_epochs=arguments.epochs,
         callbacks=callbacks,
     )
     module = Slow(arguments.delay, arguments.hurry)
-    trainer.fit(module, loader(arguments.samples), loader(shuffle=False))
+    workers = {"num_workers": arguments.workers, "persistent_workers": arguments.workers > 0}
+    trainer.fit(module, loader(arguments.samples, **workers), loader(shuffle=False))
     if trainer.global_rank == 0:
         result = {"state": state_digest(trainer), "step": trainer.global_step}
         (arguments.out / "result.json").write_text(json.dumps(result))

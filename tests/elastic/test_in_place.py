@@ -16,7 +16,7 @@ from tests.elastic.test_command_line import COMMAND, ended, result, wait_for_ste
 from tests.launch.test_launch import ROOT, environment
 
 pytestmark = pytest.mark.timeout(280)
-LENGTH = ["--epochs", "3", "--samples", "240"]  # 45 steps
+LENGTH = ["--epochs", "3", "--samples", "240", "--workers", "1"]  # 45 steps
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,7 @@ def test_schedules_that_cannot_run_are_refused(stages: list[LiveStage], says: st
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"elastic": "in_place"}, "`elastic=in_place` is not available yet. HINT: use `elastic=relaunch`"),
-        ({"elastic": "x"}, "`elastic=x` is unknown"),
+        ({"elastic": "x"}, "`elastic=x` is unknown. HINT: use `elastic=relaunch` or `elastic=in_place`"),
         ({"level": "d0"}, "promises nothing over a change"),
         ({"level": "d1"}, r"the stages have \['t4', 'v100'\]"),
     ],
@@ -62,20 +61,34 @@ def test_configurations_that_cannot_run_are_refused(changes: dict[str, Any], say
 def test_spans_are_read_from_events(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"event": "starting", "time": 0.0, "devices": "2 v100", "types": ["v100", "v100"]},
-        {"event": "formed", "time": 3.0},
+        {"event": "formed", "time": 3.0, "placement": [1, 1]},
         {"event": "first_step", "time": 4.0, "step": 1},
         {"event": "stopping", "time": 10.0},
-        {"event": "starting", "time": 10.5, "devices": "1 t4", "types": ["t4"]},
+        {"event": "agreed", "time": 10.25, "step": 6},
+        {"event": "saved", "time": 10.5, "step": 6},
+        {"event": "starting", "time": 11.0, "devices": "1 t4", "types": ["t4"]},
         {"event": "starting", "time": 12.0, "devices": "1 t4", "types": ["t4"]},  # the first start was killed
-        {"event": "formed", "time": 14.0},
-        {"event": "first_step", "time": 15.0, "step": 8},
+        {"event": "formed", "time": 14.0, "placement": [2]},
+        {"event": "first_step", "time": 15.0, "step": 7},
+        {"event": "moving", "time": 18.0, "devices": "2 t4", "types": ["t4", "t4"]},
+        {"event": "stopping", "time": 18.0},
+        {"event": "notice", "time": 18.0},
+        {"event": "agreed", "time": 18.25, "step": 9},
+        {"event": "saved", "time": 18.75, "step": 9},
+        {"event": "formed", "time": 19.0, "placement": [1, 1]},
+        {"event": "first_step", "time": 19.5, "step": 10},
     ]
     file = tmp_path / "events.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = read_spans(file, 20)
-    assert (first.first_step, first.end_step, first.paused_s) == (0, 7, 4.0)
-    assert (second.first_step, second.end_step, second.types) == (7, 20, ("t4",))
-    assert (second.paused_s, second.stopping_s, second.forming_s) == (5.0, 2.0, 2.0)
+    first, second, third = read_spans(file, 20)
+    assert (first.first_step, first.end_step, first.paused_s) == (0, 6, 4.0)
+    assert (second.first_step, second.end_step, second.types) == (6, 9, ("t4",))
+    assert (second.paused_s, second.boundary_s, second.saving_s) == (5.0, 0.25, 0.25)
+    assert (second.forming_s, second.stepping_s) == (3.5, 1.0)
+    assert (third.first_step, third.end_step, third.types) == (9, 20, ("t4", "t4"))
+    assert (third.paused_s, third.boundary_s, third.saving_s, third.forming_s, third.stepping_s) == (
+        *(1.5, 0.25, 0.5, 0.25, 0.5),
+    )
 
 
 def test_lost_and_repeated_samples_are_counted(tmp_path: Path) -> None:
@@ -107,7 +120,7 @@ def test_a_live_schedule_has_the_bits_of_stock_ddp(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(500)
 def test_a_short_soak_has_the_bits_of_stock_ddp(tmp_path: Path) -> None:
-    options = ["num_ests=2", "steps=20", "quiet_steps=8", "rounds=1", "pause_s=0.05", "seed=2"]
+    options = ["num_ests=2", "steps=20", "quiet_steps=8", "rounds=1", "pauses_s=[0.05]", "workload.workers=1", "seed=2"]
     report = run_recipe("soak", tmp_path, *options)
     assert report["bits_equal"]
     assert sum(report["events"].values()) >= 1
