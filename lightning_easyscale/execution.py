@@ -96,9 +96,12 @@ class Execution:
         kwargs: dict[str, Any],
     ) -> Any:
         strategy = self._strategy
-        args, kwargs = strategy.boundaries.prepare(trainer, function, args, kwargs)
-        result = session.run(trainer, function, args, kwargs)
-        strategy.boundaries.finish()
+        try:
+            args, kwargs = strategy.boundaries.prepare(trainer, function, args, kwargs)
+            result = session.run(trainer, function, args, kwargs)
+            strategy.boundaries.finish()
+        finally:
+            strategy.boundaries.close()
         if strategy.executor_index == 0:
             report("trained")
             if strategy.boundaries.elastic_dir is not None:
