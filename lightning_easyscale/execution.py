@@ -24,7 +24,7 @@ from .compatibility import check_module
 from .elastic.events import report
 from .elastic.membership import World, enter, generation, next_world
 from .elastic.notice import StopNotice
-from .elastic.spare import mark_finished
+from .elastic.spare import Spares
 from .portability import PortableKernels
 from .runtime.peers import connect, disconnect
 from .seed import agree_on_seed
@@ -50,6 +50,7 @@ class Execution:
         self._strategy = strategy
         self._backend = backend
         self._allow_operations = tuple(allow_operations)
+        self._spares: Spares | None = None
 
     def run(
         self,
@@ -104,8 +105,8 @@ class Execution:
             strategy.boundaries.close()
         if strategy.executor_index == 0:
             report("trained")
-            if strategy.boundaries.elastic_dir is not None:
-                mark_finished(strategy.boundaries.elastic_dir)
+            if self._spares is not None:
+                self._spares.release()
         return result
 
     def _form(self, trainer: Trainer) -> Session:
@@ -131,6 +132,8 @@ class Execution:
         split = " + ".join(str(c) for c in placement.ests_per_executor)
         rank_zero_info(f"EasyScale: {placement.num_ests} ESTs as {split} on {placement.num_executors} executors")
         if strategy.executor_index == 0:
+            if strategy.topology.spares:
+                self._spares = Spares(strategy.topology.spares)
             counts = list(placement.ests_per_executor)
             report("formed", num_ests=placement.num_ests, placement=counts, generation=generation())
         return session
