@@ -24,12 +24,13 @@ from .compatibility import check_module
 from .elastic.events import report
 from .elastic.membership import World, enter, generation, next_world
 from .elastic.notice import StopNotice
+from .elastic.requeue import requeue_job
 from .elastic.spare import Spares
 from .portability import PortableKernels
 from .runtime.peers import connect, disconnect
 from .seed import agree_on_seed
 from .session import Session
-from .stopping import TrainingStopped
+from .stopping import TrainingStopped, requeue_signal
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -85,6 +86,7 @@ class Execution:
                 except TrainingStopped as error:
                     world, stop = next_world(), error
                     if world is None:
+                        self._requeue(session, notice)
                         raise
                 session = self._move_on(trainer, stop, world, notice)
 
@@ -137,6 +139,15 @@ class Execution:
             counts = list(placement.ests_per_executor)
             report("formed", num_ests=placement.num_ests, placement=counts, generation=generation())
         return session
+
+    def _requeue(self, session: Session, notice: StopNotice | None) -> None:
+        """Let Slurm start the job again, if that is what the signal to an executor was about."""
+        signal = requeue_signal(self._strategy.virtual_environment.physical)
+        if signal is None:
+            return
+        asked = session.peers.all_gather_object(notice is not None and notice.requested == signal)
+        if any(asked) and session.peers.index == 0:
+            requeue_job()
 
     def _move_on(self, trainer: Trainer, stop: TrainingStopped, world: World, notice: StopNotice | None) -> Session:
         """Leave the world in which training has stopped, and enter the next."""

@@ -62,11 +62,15 @@ def stop_signals(environment: ClusterEnvironment) -> list[int]:
     Args:
         environment: what has started the processes.
     """
-    found = [signal.SIGTERM, signal.SIGUSR1]
+    requeue = requeue_signal(environment)
+    return sorted({int(signal.SIGTERM), int(signal.SIGUSR1), *([requeue] if requeue is not None else [])})
+
+
+def requeue_signal(environment: ClusterEnvironment) -> int | None:
+    """What Slurm sends to a job that is to be put back into the queue; None where nobody does that."""
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        requeue = environment.requeue_signal
-        found += [requeue] if requeue is not None and requeue not in found else []
-    return [int(number) for number in found]
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return None
 
 
 def shield_workers(loader: Any, rank: int) -> None:

@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-ests", type=int, default=4)
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--delay", type=float, default=0.0)
@@ -56,7 +57,7 @@ def main() -> None:
     trainer = make_trainer(
         arguments.out,
         strategy=strategy,
-        devices=arguments.num_ests if arguments.reference else 1,
+        devices=arguments.num_ests if arguments.reference else arguments.devices,
         max_epochs=arguments.epochs,
         callbacks=callbacks,
     )
