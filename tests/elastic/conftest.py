@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,3 +12,17 @@ def runs() -> Iterator[Runs]:
     runs = Runs(["tests.elastic.jobs"])
     yield runs
     runs.close()
+
+
+@pytest.fixture(autouse=True)
+def in_the_table_of_faults(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """A test that injects a fault, or is marked with one, is a line of the table (`tests/report.py`)."""
+    call = getattr(request.node, "callspec", None)
+    injected, marker = call.params.get("fault") if call is not None else None, request.node.get_closest_marker("fault")
+    if injected is None and marker is None:
+        return
+    faults = injected if isinstance(injected, list) else [injected]
+    words = request.node.originalname.removeprefix("test_").replace("_", " ")
+    record_property("fault", call.id if injected is not None else words + (f": {call.id}" if call is not None else ""))
+    record_property("where", marker.args[0] if injected is None else "; ".join(map(str, faults)))
+    record_property("asserts", " ".join((request.function.__doc__ or "As its name says.").split()))

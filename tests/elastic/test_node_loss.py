@@ -37,6 +37,7 @@ def check(job: Cluster, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("namespaces", [False, True], ids=["loopback", "namespaces"])
+@pytest.mark.fault("two hosts of torchrun, one after the other: SIGKILL to all processes, folder deleted")
 def test_hosts_are_lost_one_after_another_with_their_folders(tmp_path: Path, reference: Path, namespaces: bool) -> None:
     """The first has written the snapshots, the second has copies, a third gets them when it joins."""
     with cluster(tmp_path, 3, namespaces=namespaces) as job:
@@ -61,7 +62,9 @@ def test_hosts_are_lost_one_after_another_with_their_folders(tmp_path: Path, ref
         check(job, reference)
 
 
+@pytest.mark.fault("a host of torchrun, without copies: SIGKILL to all processes, folder deleted")
 def test_without_copies_the_job_begins_again_and_has_the_same_bits(tmp_path: Path, reference: Path) -> None:
+    """The job begins again, and all of it has the bits of stock DDP."""
     with cluster(tmp_path, 2) as job:
         a, b = job.hosts
         for host in (a, b):
@@ -76,9 +79,11 @@ def test_without_copies_the_job_begins_again_and_has_the_same_bits(tmp_path: Pat
         check(job, reference)
 
 
+@pytest.mark.fault("a host of torchrun: SIGTERM to its agent, folder deleted")
 def test_an_agent_that_leaves_costs_no_step_although_it_takes_the_checkpoint_with_it(
     tmp_path: Path, reference: Path
 ) -> None:
+    """The other host goes on from the step of the stop; bits of stock DDP."""
     job_without_snapshots = JOB[:4]
     with cluster(tmp_path, 2) as job:
         a, b = job.hosts
@@ -98,6 +103,7 @@ def test_an_agent_that_leaves_costs_no_step_although_it_takes_the_checkpoint_wit
         check(job, reference)
 
 
+@pytest.mark.fault("a torchrun agent: SIGKILL, its process lives on")
 def test_an_agent_that_is_killed_alone_disturbs_nothing(tmp_path: Path, reference: Path) -> None:
     """Its processes go on and finish the job with the others."""
     with cluster(tmp_path, 2) as job:

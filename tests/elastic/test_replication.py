@@ -160,7 +160,9 @@ def test_a_copied_folder_is_another_folder(hosts: list[Path]) -> None:
         assert good(b, 2)
 
 
+@pytest.mark.fault("newest snapshots damaged on one host and gone on the other")
 def test_the_newest_that_is_good_anywhere_replaces_damaged_ones(hosts: list[Path]) -> None:
+    """The newest that is good on any host is used by all."""
     a, b, *_ = hosts
     with Job(a, b) as job:
         for step in (2, 4, 6):
@@ -177,7 +179,9 @@ def test_the_newest_that_is_good_anywhere_replaces_damaged_ones(hosts: list[Path
         assert NAMES[5] in held(a), "what cannot be used has crowded out what was just written"
 
 
+@pytest.mark.fault("copying a snapshot: the other host cannot be reached")
 def test_a_host_that_cannot_be_reached_costs_a_warning_and_another_one_gets_the_copy(hosts: list[Path]) -> None:
+    """Another host gets it; without one, one warning, and the snapshot is committed here."""
     a, b, c, _ = hosts
     with Job(a, b, c) as job:
         job.executors[1].close()
@@ -193,9 +197,11 @@ def test_a_host_that_cannot_be_reached_costs_a_warning_and_another_one_gets_the_
     assert good(a, 4)
 
 
+@pytest.mark.fault("copying a snapshot: the other host has no room")
 def test_a_full_disk_of_the_other_host_is_told_and_leaves_what_it_had(
     hosts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One warning with its reason; what it had is still there."""
     a, b, *_ = hosts
     with Job(a, b) as job:
         job.commit(2)
@@ -223,9 +229,11 @@ def test_a_folder_that_cannot_be_used_is_the_same_error_everywhere(hosts: list[P
         pass
 
 
+@pytest.mark.fault("start-up: a host has no room for the checkpoint that it lacks")
 def test_a_host_that_cannot_take_what_it_needs_is_one_error_everywhere(
     hosts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One error on all executors."""
     a, b, *_ = hosts
     with Job(a) as job:
         job.commit(2)
@@ -281,7 +289,9 @@ def test_the_address_that_leads_to_the_receiver_is_found(
 @pytest.mark.parametrize(
     "damage", [lambda raw: raw[: len(raw) // 2], lambda raw: raw[:-1] + b"?"], ids=["torn", "flip"]
 )
+@pytest.mark.fault("copying a snapshot: the connection breaks, a bit flips")
 def test_what_arrives_torn_or_changed_is_not_kept(tmp_path: Path, file: Path, damage: Any) -> None:
+    """The sender is told, and nothing is kept."""
     receiver = Receiver(CheckpointFolder(tmp_path / "to").take)
     try:
         connection = transfer._connect(receiver.address, file.name, file.stat().st_size)

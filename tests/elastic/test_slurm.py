@@ -54,9 +54,11 @@ def wait_for_steps(out: Path, steps: int) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(600)
+@pytest.mark.fault("SIGUSR1 from Slurm to all tasks")
 def test_a_job_whose_time_is_up_is_requeued_once_and_goes_on_with_another_number_of_tasks(
     tmp_path: Path, scontrol: Path
 ) -> None:
+    """One checkpoint, one requeue, exit code 75; the rest on one task has the same bits."""
     (tmp_path / "whole").mkdir()
     (whole,) = srun(1, tmp_path / "whole")
     out = tmp_path / "out"
