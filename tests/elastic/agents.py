@@ -17,7 +17,8 @@ import psutil
 import pytest
 from torch.distributed import TCPStore
 
-from tests.launch.test_launch import ROOT, environment, free_port
+from tests.launch.test_launch import ROOT, environment
+from tests.ports import free_port
 
 _RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=2,keep_alive_max_attempt=3,is_host=0"
 _PATIENCE = 300
@@ -106,7 +107,7 @@ class Cluster:
     """Hosts that share a rendezvous store, which outlives them all."""
 
     def __init__(self, hosts: list[Host], address: str, out: Path) -> None:
-        port = int(free_port())
+        port = free_port()
         self.hosts = hosts
         self.out = out
         out.mkdir()

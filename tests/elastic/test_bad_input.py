@@ -23,7 +23,7 @@ from lightning_easyscale.checkpoint import CheckpointError
 from lightning_easyscale.runtime.peers import connect
 from tests.folders import contents
 from tests.launch.job import Classifier, loader, make_trainer, state_digest
-from tests.launch.test_launch import free_port
+from tests.ports import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 N = 2
@@ -256,7 +256,7 @@ def test_more_devices_than_ests_are_refused(job: Path, devices: int) -> None:
 @pytest.mark.fault("start-up: another executor does not come")
 def test_a_peer_that_cannot_be_reached_is_one_error(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says who waited for whom, where and for how long, and where to look."""
-    port = free_port()
+    port = str(free_port())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     expected = rf"executor {index} of 2 waited 1 s for the others at 127\.0\.0\.1:{port} in vain: .* HINT: "

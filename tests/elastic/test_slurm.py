@@ -12,7 +12,8 @@ import pytest
 
 from lightning_easyscale.elastic.notice import STOPPED
 from lightning_easyscale.elastic.requeue import requeue_job
-from tests.launch.test_launch import free_port, result, start
+from tests.launch.test_launch import result, start
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def srun(tasks: int, out: Path, *arguments: str) -> list[subprocess.Popen[str]]:
     """What srun starts on one node."""
-    port = free_port()
+    port = str(free_port())
     script = [sys.executable, "-m", "tests.elastic.script", "--num-ests", "2", "--out", str(out)]
     common = {
         "SLURM_JOB_ID": "4711",

@@ -6,14 +6,14 @@ import time
 import pytest
 
 from lightning_easyscale.elastic.spare import Spares, wait_as_spare
-from tests.launch.test_launch import free_port
+from tests.ports import free_port
 
 
 def test_spares_wait_for_an_executor_that_comes_later_and_for_the_end_of_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setattr("lightning_easyscale.elastic.spare._CONNECT_SECONDS", 0.2)
     ended: list[tuple[object, float]] = []
 
