@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lightning_easyscale.elastic import supervisor
+from lightning_easyscale.elastic import stage
 from lightning_easyscale.elastic.control import JobError, JobFolder
 from lightning_easyscale.elastic.group import Devices
 from lightning_easyscale.elastic.notice import STOPPED
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stubs do not end by themselves when another one is lost."""
-    monkeypatch.setattr(supervisor, "_SETTLE", 0.3)
+    monkeypatch.setattr(stage, "_SETTLE", 0.3)
 
 
 class Job:
