@@ -34,7 +34,7 @@ CRASHES = [
     case("the one that saves is killed", at(0, 7, TRAINING), (2, 1), {}, full),
     case("killed in backward", at(1, 7, "on_before_backward"), (2, 1), {}, full),
     case("killed before the optimizer steps", at(1, 7, "on_before_optimizer_step"), (3,), {}, full),
-    case("killed in an accumulation", at(2, 3, TRAINING, nth=2), (2, 1), ACCUMULATE, full),
+    case("killed in an accumulation", at(2, 4, TRAINING, nth=2), (2, 1), ACCUMULATE, full),
     case("killed in validation", at(0, 8, "on_validation_batch_start"), (3,), {}, full),
     case("killed between epochs", at(1, 8, "on_train_epoch_end"), (2, 1), {}, full),
     case("killed while it writes a snapshot", at(1, 6, TRAINING, "SIGKILL in a save"), (3,), {}),
@@ -71,9 +71,9 @@ def test_a_crash_costs_the_steps_since_the_newest_snapshot(
     ],
 )
 def test_a_crash_before_the_first_snapshot_costs_all(runs: Runs, fault: Fault) -> None:
-    """The job begins again, and all of it has the bits of stock DDP."""
+    """The job begins again, with a new version of its logs, and all of it has the bits of stock DDP."""
     reference = runs.reference(JOB, {}, 3)
     first, second = runs.lives(JOB, {}, [(2, 1), (3,)], [fault], snapshot_every_n_steps=2)
     assert all(first.errors)
     assert first.left == {}
-    check_finished(reference, [second])
+    check_finished(reference, [second], files=False)
