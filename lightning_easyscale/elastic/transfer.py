@@ -57,14 +57,16 @@ class Receiver:
     def __init__(self, keep: Callable[[str, Callable[[BinaryIO], None]], None]) -> None:
         self._keep = keep
         self._server = _listen()
+        self._connection: socket.socket | None = None
         self.address = Address(tuple(_own_addresses()), self._server.getsockname()[1], secrets.token_hex(16))
         self._thread = threading.Thread(target=self._serve, name="easyscale-receiver", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Take no more; a file that is on its way is given up."""
-        with suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
+        for end in filter(None, (self._server, self._connection)):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
         self._server.close()
         self._thread.join(_SILENCE_SECONDS)
 
@@ -74,6 +76,7 @@ class Receiver:
                 connection, _ = self._server.accept()
             except OSError:
                 return
+            self._connection = connection
             with connection, suppress(OSError, ValueError):
                 connection.settimeout(_SILENCE_SECONDS)
                 self._take(connection)

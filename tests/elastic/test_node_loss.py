@@ -23,8 +23,11 @@ JOB = ("--num-ests", "3", "--epochs", "6", "--snapshots", "1")
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stock DDP of three processes."""
-    out = tmp_path_factory.mktemp("reference")
-    command = [sys.executable, "-m", "tests.elastic.script", "--out", str(out), "--reference", *JOB]
+    return stock(tmp_path_factory.mktemp("reference"), JOB)
+
+
+def stock(out: Path, job: tuple[str, ...]) -> Path:
+    command = [sys.executable, "-m", "tests.elastic.script", "--out", str(out), "--reference", *job]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
@@ -46,6 +49,8 @@ def test_hosts_are_lost_one_after_another_with_their_folders(tmp_path: Path, ref
         job.start(b, "1:2", *JOB)
         a.wait_for("3 ESTs as 2 + 1 on 2 executors")
         b.wait_for_checkpoint()
+        ignored = "torchrun has started 2 processes; `devices` (1) and `num_nodes` (1) of the Trainer are ignored"
+        assert (a.text() + b.text()).count(ignored) == 1
         a.lose()
         b.wait_for("3 ESTs as 3 on 1 executors")
         b.wait_for("going on from")
@@ -60,6 +65,26 @@ def test_hosts_are_lost_one_after_another_with_their_folders(tmp_path: Path, ref
         assert c.ended() == 0, c.text()[-4000:]
         assert c.checkpoints() == []
         check(job, reference)
+
+
+@pytest.mark.fault("a host of torchrun while another one is a spare: SIGKILL to all processes, folder deleted")
+def test_a_spare_takes_the_place_of_a_lost_host(tmp_path: Path) -> None:
+    """The spare gets the checkpoint and the ESTs of the host that is lost; bits of stock DDP."""
+    two = ("--num-ests", "2", *JOB[2:])
+    (tmp_path / "stock").mkdir()
+    with cluster(tmp_path, 3) as job:
+        a, b, c = job.hosts
+        for host in (a, b, c):
+            job.start(host, "2:3", *two)
+        a.wait_for("1 of 3 processes wait as spares for 2 ESTs")
+        b.wait_for_checkpoint()
+        assert c.checkpoints() == []
+        a.lose()
+        b.wait_for("2 ESTs as 1 + 1 on 2 executors")
+        c.wait_for_checkpoint()
+        job.hurry.touch()
+        assert [b.ended(), c.ended()] == [0, 0], b.text()[-4000:]
+        check(job, stock(tmp_path / "stock", two))
 
 
 @pytest.mark.fault("a host of torchrun, without copies: SIGKILL to all processes, folder deleted")

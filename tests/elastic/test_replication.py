@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,16 @@ def test_the_address_that_leads_to_the_receiver_is_found(
     finally:
         receiver.close()
     assert (tmp_path / "to" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_receiver_that_closes_does_not_wait_for_a_file_that_is_on_its_way(tmp_path: Path, file: Path) -> None:
+    receiver = Receiver(CheckpointFolder(tmp_path / "to").take)
+    with transfer._connect(receiver.address, file.name, file.stat().st_size) as connection:
+        connection.sendall(b"the first of it")
+        began = time.monotonic()
+        receiver.close()
+        assert time.monotonic() - began < 10
+    assert held(tmp_path / "to") == []
 
 
 @pytest.mark.parametrize(
