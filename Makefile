@@ -49,7 +49,8 @@ test-gpu: $(VENV)/.installed-dev  ## tests that need a CUDA device; report in ou
 
 keep-reports: $(VENV)/.installed-dev  ## write recipes/results and README from the last test-all and test-gpu
 	$(python) -m tests.report $(wildcard outputs/test-all/*.xml outputs/test-gpu/*.xml) \
-	  --report recipes/results/test_report.md --features recipes/results/features.md --readme README.md
+	  --report recipes/results/test_report.md --faults recipes/results/faults.md \
+	  --features recipes/results/features.md --readme README.md
 
 clean:  ## remove .venv, caches and build leftovers; outputs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

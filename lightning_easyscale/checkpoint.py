@@ -15,11 +15,11 @@ import glob
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import BadZipFile, ZipFile
 
 import torch
@@ -146,6 +146,15 @@ def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: if it cannot be written; what the path held before is untouched then.
     """
+    commit(path, lambda file: torch.save(dict(checkpoint), file))
+
+
+def commit(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Let `path` hold what `write` writes, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; what the path held before is untouched then.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     for torn in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
@@ -153,7 +162,7 @@ def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            torch.save(dict(checkpoint), file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -24,12 +24,13 @@ from .compatibility import check_module
 from .elastic.events import report
 from .elastic.membership import World, enter, generation, next_world
 from .elastic.notice import StopNotice
-from .elastic.spare import mark_finished
+from .elastic.requeue import requeue_job
+from .elastic.spare import Spares
 from .portability import PortableKernels
 from .runtime.peers import connect, disconnect
 from .seed import agree_on_seed
 from .session import Session
-from .stopping import TrainingStopped
+from .stopping import TrainingStopped, requeue_signal
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,6 +51,7 @@ class Execution:
         self._strategy = strategy
         self._backend = backend
         self._allow_operations = tuple(allow_operations)
+        self._spares: Spares | None = None
 
     def run(
         self,
@@ -84,6 +86,7 @@ class Execution:
                 except TrainingStopped as error:
                     world, stop = next_world(), error
                     if world is None:
+                        self._requeue(session, notice)
                         raise
                 session = self._move_on(trainer, stop, world, notice)
 
@@ -96,13 +99,16 @@ class Execution:
         kwargs: dict[str, Any],
     ) -> Any:
         strategy = self._strategy
-        args, kwargs = strategy.boundaries.prepare(trainer, function, args, kwargs)
-        result = session.run(trainer, function, args, kwargs)
-        strategy.boundaries.finish()
+        try:
+            args, kwargs = strategy.boundaries.prepare(trainer, function, args, kwargs)
+            result = session.run(trainer, function, args, kwargs)
+            strategy.boundaries.finish()
+        finally:
+            strategy.boundaries.close()
         if strategy.executor_index == 0:
             report("trained")
-            if strategy.boundaries.elastic_dir is not None:
-                mark_finished(strategy.boundaries.elastic_dir)
+            if self._spares is not None:
+                self._spares.release()
         return result
 
     def _form(self, trainer: Trainer) -> Session:
@@ -128,9 +134,20 @@ class Execution:
         split = " + ".join(str(c) for c in placement.ests_per_executor)
         rank_zero_info(f"EasyScale: {placement.num_ests} ESTs as {split} on {placement.num_executors} executors")
         if strategy.executor_index == 0:
+            if strategy.topology.spares:
+                self._spares = Spares(strategy.topology.spares)
             counts = list(placement.ests_per_executor)
             report("formed", num_ests=placement.num_ests, placement=counts, generation=generation())
         return session
+
+    def _requeue(self, session: Session, notice: StopNotice | None) -> None:
+        """Let Slurm start the job again, if that is what the signal to an executor was about."""
+        signal = requeue_signal(self._strategy.virtual_environment.physical)
+        if signal is None:
+            return
+        asked = session.peers.all_gather_object(notice is not None and notice.requested == signal)
+        if any(asked) and session.peers.index == 0:
+            requeue_job()
 
     def _move_on(self, trainer: Trainer, stop: TrainingStopped, world: World, notice: StopNotice | None) -> Session:
         """Leave the world in which training has stopped, and enter the next."""

@@ -57,8 +57,7 @@ class EasyScaleLauncher(pl.SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` on every EST of this executor; start the other executors first if that is ours to do."""
         if self.strategy.topology.is_spare:
-            assert self.strategy.boundaries.elastic_dir is not None
-            wait_as_spare(self.strategy.boundaries.elastic_dir)
+            wait_as_spare()
         assert trainer is not None
         with listen(trainer, self.strategy, self._end_executors) as notice:
             if self.strategy.session is None and self.strategy.topology.starts_processes and not self.procs:

@@ -27,6 +27,7 @@ from . import _lightning as pl
 from ._lightning_loops import report_boundaries
 from .data.pool import Member, WorkerPools
 from .elastic.events import report
+from .elastic.replication import Replication
 from .elastic.snapshots import SnapshotWriter
 from .placement import Placement
 from .reduction.collector import ESTDataParallel
@@ -119,6 +120,7 @@ class Session:
         self.calls = 0
         self.leaving: set[int] = set()
         self.snapshots = SnapshotWriter()
+        self.copies: Replication | None = None  # of an elastic run's checkpoints, while a fit runs
         self.strategies: dict[int, EasyScaleStrategy] = {self.lead: strategy}
 
     @property

@@ -35,6 +35,8 @@ from .elastic.folder import CheckpointFolder
 from .elastic.host_copy import HostCopy
 from .elastic.notice import STOPPED
 from .elastic.pace import Pace
+from .elastic.replication import ReplicaError, Replication
+from .elastic.snapshots import warn_of_copies
 from .elastic.workers import ShieldedInit
 
 if TYPE_CHECKING:
@@ -60,11 +62,15 @@ def stop_signals(environment: ClusterEnvironment) -> list[int]:
     Args:
         environment: what has started the processes.
     """
-    found = [signal.SIGTERM, signal.SIGUSR1]
+    requeue = requeue_signal(environment)
+    return sorted({int(signal.SIGTERM), int(signal.SIGUSR1), *([requeue] if requeue is not None else [])})
+
+
+def requeue_signal(environment: ClusterEnvironment) -> int | None:
+    """What Slurm sends to a job that is to be put back into the queue; None where nobody does that."""
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        requeue = environment.requeue_signal
-        found += [requeue] if requeue is not None and requeue not in found else []
-    return [int(number) for number in found]
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return None
 
 
 def shield_workers(loader: Any, rank: int) -> None:
@@ -85,9 +91,10 @@ class Boundaries:
         elastic_dir: folder of an elastic run; None: a stop saves under the Trainer's ``default_root_dir``, and nothing
             is resumed by itself.
         snapshot_every_n_steps: how often a snapshot is committed in an elastic run.
+        snapshot_replicas: how many other hosts get each checkpoint where hosts have folders of their own.
 
     Raises:
-        ValueError: for an interval below 1, or one without a folder.
+        ValueError: for an interval below 1, or one without a folder; for less than no copies.
 
     Attributes:
         resumed_before: the boundary of the checkpoint that training has started from, while it has not got further.
@@ -100,6 +107,7 @@ class Boundaries:
         strategy: EasyScaleStrategy,
         elastic_dir: str | os.PathLike[str] | None,
         snapshot_every_n_steps: int | None = None,
+        snapshot_replicas: int = 1,
     ) -> None:
         given = elastic_dir if elastic_dir is not None else os.environ.get(FOLDER_VARIABLE)
         self.elastic_dir = Path(given).absolute() if given else None
@@ -112,7 +120,12 @@ class Boundaries:
             raise ValueError(
                 f"`snapshot_every_n_steps={snapshot_every_n_steps}` is not an interval. HINT: give at least 1."
             )
+        if snapshot_replicas < 0:
+            raise ValueError(
+                f"`snapshot_replicas={snapshot_replicas}` is not a number of copies. HINT: give 0 or more."
+            )
         self._snapshot_every = snapshot_every_n_steps
+        self._replicas = snapshot_replicas
         self._looked_at = 0
         self.resumed_before: str | None = None
         self._strategy = strategy
@@ -159,16 +172,12 @@ class Boundaries:
         self._forget_pace()
         if self.elastic_dir is None:
             return args, kwargs
-        peers, found = self._session.peers, None
-        if peers.index == 0:
-            folder = self._folder()
-            folder.prepare()
-            good = folder.newest_good(rank_zero_warn)
-            found = None if good is None else (str(good[0]), good[1]["boundary"]["loggers"])
-        found = peers.all_gather_object(found)[0]
+        peers = self._session.peers
+        copies = self._session.copies = Replication(self._folder(), peers, replicas=self._replicas)
+        found = copies.open(_log_versions, rank_zero_warn)
         if found is None:
             return args, kwargs
-        path, versions = found
+        path, versions = str(found[0]), found[1]
         # Its place in the run is past, and Lightning repeats it where an epoch has just ended.
         self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
         logs.continue_logs(trainer, versions, writes=peers.index == 0)
@@ -180,15 +189,22 @@ class Boundaries:
     def finish(self) -> None:
         """Called on the lead when a `fit` has ended by itself: nobody has to go on from its checkpoints."""
         self._restore_sanity_steps()
-        if self.elastic_dir is None:
+        copies = self._session.copies
+        if copies is None:
             return
         # An executor that is lost before it has torn down goes on from them.
         self._session.peers.agree("end of training")
         if self._session.peers.index == 0:
             self._session.snapshots.wait()
-            self._folder().clear()
+        copies.clear()
         key = str(self.elastic_dir)
         self._finished[key] = self._finished.get(key, 0) + 1
+
+    def close(self) -> None:
+        """Called on the lead when a `fit` has ended, however it did."""
+        if self._session.copies is not None:
+            self._session.copies.close()
+            self._session.copies = None
 
     def _restore_sanity_steps(self) -> None:
         if self._sanity_steps is not None:
@@ -263,7 +279,8 @@ class Boundaries:
         checkpoint = self._checkpoint(following)
         if self._strategy.is_global_zero:
             step, batch = loops.position(self._trainer)
-            self._session.snapshots.submit(self._folder(), checkpoint, step=step, batch=batch)
+            assert self._session.copies is not None
+            self._session.snapshots.submit(self._session.copies, checkpoint, step=step, batch=batch)
 
     def _meet_if_due(self, pace: Pace) -> None:
         session = self._session
@@ -306,12 +323,22 @@ class Boundaries:
             content = checkpoint()
             if self._strategy.is_global_zero:
                 self._session.snapshots.wait()
-                path = self._folder().commit(content, step=step, batch=batch)
+                path = self._commit(content, step=step, batch=batch)
                 report("saved", step=step, seconds=round(time.monotonic() - began, 3))
                 what = f"saved `{path}` in {time.monotonic() - began:.2f} s; {self._how_to_go_on(path)}"
         self._strategy.barrier("stop")
         rank_zero_info(f"EasyScale: stopped by a signal after step {step}; {what}.")
         raise TrainingStopped
+
+    def _commit(self, content: dict[str, Any], *, step: int, batch: int) -> Path:
+        copies = self._session.copies
+        if copies is None:
+            return self._folder().commit(content, step=step, batch=batch)
+        try:
+            return copies.commit(content, step=step, batch=batch)
+        except ReplicaError as error:
+            warn_of_copies(error)
+            return error.path
 
     def _how_to_go_on(self, path: Path) -> str:
         if self.elastic_dir is not None:
@@ -323,3 +350,9 @@ class Boundaries:
             return CheckpointFolder(Path(self._trainer.default_root_dir) / "easyscale", keep=2)
         number = self._finished.get(str(self.elastic_dir), 0) + 1
         return CheckpointFolder(self.elastic_dir / "checkpoints", prefix=f"fit{number}-" if number > 1 else "")
+
+
+def _log_versions(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a checkpoint knows of the loggers, if it was taken at a boundary."""
+    versions: list[dict[str, Any]] = (entry["boundary"] or {}).get("loggers", [])
+    return versions

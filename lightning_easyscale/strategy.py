@@ -69,6 +69,7 @@ class EasyScaleStrategy(ModelStrategy):
             signal saves into its ``checkpoints/``, and `fit` starts from the newest good checkpoint there, whatever
             `ckpt_path` says.
         snapshot_every_n_steps: for crashes, a thread commits a snapshot there after every so many optimizer steps.
+        snapshot_replicas: where hosts have folders of their own, how many other hosts get each checkpoint.
 
     Raises:
         ValueError: for an argument that cannot be honoured, with the value and the cure.
@@ -101,6 +102,7 @@ class EasyScaleStrategy(ModelStrategy):
         allow_operations: Sequence[str] = (),
         elastic_dir: str | os.PathLike[str] | None = None,
         snapshot_every_n_steps: int | None = None,
+        snapshot_replicas: int = 1,
     ) -> None:
         options: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
@@ -129,7 +131,7 @@ class EasyScaleStrategy(ModelStrategy):
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
         self.execution = Execution(self, process_group_backend, allow_operations)
         self.checkpointing = Checkpointing(self, allow=tuple(allow))
-        self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps)
+        self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps, snapshot_replicas)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"

@@ -50,6 +50,11 @@ class Topology:
         return self.executor >= self.placement.num_executors
 
     @property
+    def spares(self) -> int:
+        """How many processes an agent has started beyond the number of ESTs."""
+        return self.physical.world_size() - self.placement.num_executors if self.under_agent else 0
+
+    @property
     def lead(self) -> int:
         """The lowest EST rank of this executor; of a spare, a rank that no EST has."""
         return self.executor if self.is_spare else self.placement.ranges[self.executor][0]

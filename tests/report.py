@@ -1,9 +1,10 @@
-"""What is kept of test runs: `python -m tests.report JUNIT... [--features FILE] [--readme FILE] [--report FILE]`.
+"""What is kept of test runs: `python -m tests.report JUNIT... [--features FILE] [--readme FILE] [--faults FILE] ...`.
 
 JUNIT is what ``--junit-xml`` writes; several files are joined, the last one counting where a test is in more than one.
 ``--features`` lists every feature of stock DDP with how its tests ended. Features that no JUNIT has keep the line they
 had, so that a new feature needs the run of its own tests only; features that are no more lose it. ``--readme`` puts the
-table of their groups between two marks of a file. ``--report`` counts the tests of each file.
+table of their groups between two marks of a file. ``--faults`` lists the tests that inject a fault. ``--report`` counts
+the tests of each file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ parameters, buffers, optimizer state, metrics, files and what the scenario notes
 `Trainer(strategy="ddp", devices=N)` in N processes, on every rank and at every step. *not yet*: fails, for a known
 cause. Placements are ESTs per executor.
 """
+_FAULTS = """# Faults of elastic jobs
+
+Written by `make keep-reports` from the report of `make test-all`, never by hand. A fault happens at (EST, optimizer
+steps done, hook) or where the line says. *the bits of stock DDP*: losses, parameters, buffers, optimizer state, metrics
+and files of `Trainer(strategy="ddp", devices=N)` in N processes that nothing has disturbed.
+"""
+_FAULT_COLUMNS = ["| case | what happens, where | what is asserted | outcome | s | test file |", "|---" * 6 + "|"]
 _COLUMNS = "| feature | group | status | N | placements | device |\n|---|---|---|---|---|---|"
 
 
@@ -174,6 +182,16 @@ def report(cases: Sequence[Case], run: str) -> str:
     return "\n".join([head, *rows, *(["", "Failed:", "", *failed] if failed else []), ""])
 
 
+def faults(cases: Sequence[Case], run: str) -> str:
+    """What happens to elastic jobs in the tests, and what is asserted of them."""
+    rows = [
+        f"| {of['fault']} | {of['where']} | {of['asserts']} | {case.outcome} | {case.seconds:.0f} | {file} |"
+        for case in cases
+        if (of := case.properties).get("fault") and (file := case.file.rpartition(".")[2])
+    ]
+    return "\n".join([_FAULTS, f"{len(rows)} cases. {run}.", "", *_FAULT_COLUMNS, *rows, ""])
+
+
 def described() -> str:
     """Date, machine and versions of this run."""
     day = datetime.now(timezone.utc).date().isoformat()
@@ -187,12 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.report", description=__doc__)
     parser.add_argument("junit", type=Path, nargs="+")
-    for option in ("--features", "--readme", "--report"):
+    for option in ("--features", "--readme", "--report", "--faults"):
         parser.add_argument(option, type=Path)
     options = parser.parse_args(arguments)
     cases, run = read(options.junit), described()
     if options.report is not None:
         options.report.write_text(report(cases, run))
+    if options.faults is not None:
+        options.faults.write_text(faults(cases, run))
     if options.features is not None:
         old, runs = parse(options.features.read_text()) if options.features.exists() else ({}, {})
         new = features(cases)

@@ -67,6 +67,17 @@ def test_the_report_counts_and_names_failures(tmp_path):
     assert "- `tests.a` one[1+1]" in text
 
 
+def test_the_table_of_faults_has_the_tests_that_inject_one(tmp_path):
+    file = tmp_path / "junit.xml"
+    of = {"fault": "killed", "where": "SIGKILL in EST 1", "asserts": "Nothing is lost."}
+    properties = "".join(f'<property name="{name}" value="{value}" />' for name, value in of.items())
+    case = f'<testcase classname="tests.elastic.test_crash" name="a" time="3"><properties>{properties}</properties>'
+    file.write_text(junit(tmp_path).read_text().replace("<testsuite>", f"<testsuite>{case}</testcase>", 1))
+    text = report.faults(report.read([file]), "today")
+    assert "1 cases. today." in text
+    assert "| killed | SIGKILL in EST 1 | Nothing is lost. | passed | 3 | test_crash |" in text
+
+
 def test_the_summary_replaces_only_what_is_between_its_marks():
     readme = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
     made = report.with_summary(readme, {LINE: "equal", report.Line("G", "x", 2, ("2",), "CPU"): "differs"})

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .. import checkpoint as ckpt
 
 _NAME = re.compile(r"step=(\d+)-batch=(\d+)\.ckpt")
+_MARK = ".identity"
+_MARKING_SECONDS = 5.0
 
 
 class CheckpointFolder:
@@ -25,7 +29,7 @@ class CheckpointFolder:
 
     Args:
         path: the folder; made with the first checkpoint.
-        keep: how many of the newest checkpoints stay.
+        keep: how many checkpoints stay, at least 1.
         prefix: of all names, for jobs that share a folder.
     """
 
@@ -40,22 +44,16 @@ class CheckpointFolder:
         Raises:
             OSError: if they cannot.
         """
-        try:
+        with _named("checkpoints cannot be written", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for torn in self.path.glob(f".{self._prefix}step=*.tmp"):
                 torn.unlink(missing_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.touch()
             probe.unlink()
-        except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"checkpoints cannot be written to `{self.path}` ({error.strerror})."
-                " HINT: choose a folder that can be written and has room",
-            ) from error
 
     def commit(self, checkpoint: dict[str, Any], *, step: int, batch: int) -> Path:
-        """Write a checkpoint whole, then remove all but the newest.
+        """Write a checkpoint whole, then remove older ones but for the newest of them.
 
         Args:
             checkpoint: with an ``easyscale`` entry, which gets its digest here.
@@ -68,37 +66,101 @@ class CheckpointFolder:
         ckpt.seal(checkpoint)
         path = self.path / f"{self._prefix}step={step:08d}-batch={batch:08d}.ckpt"
         ckpt.save(checkpoint, path)
-        for old in list(self._newest_first())[self._keep :]:
-            old.unlink(missing_ok=True)
+        self._remove_older(path.name)
         return path
 
-    def newest_good(self, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that is what was written, and its ``easyscale`` entry.
+    def take(self, name: str, write: Callable[[BinaryIO], None]) -> None:
+        """Commit a checkpoint of another host's folder; see `commit`.
 
         Args:
-            report: told of each one that cannot be used.
+            name: its name there.
+            write: writes its content.
+
+        Raises:
+            ValueError: if no checkpoint has such a name.
+            OSError: if it cannot be written.
         """
-        for path in self._newest_first():
+        if self._position(name) is None:
+            raise ValueError(f"`{name}` is not the name of a checkpoint of this job")
+        ckpt.commit(self.path / name, write)
+        self._remove_older(name)
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The ``easyscale`` entry of a checkpoint that is what was written.
+
+        Raises:
+            CheckpointError: if it is not, or no elastic job has written it.
+            OSError: if it cannot be read.
+        """
+        loaded = ckpt.load(self.path / name, weights_only=False)
+        found: dict[str, Any] | None = loaded.get(ckpt.KEY) if isinstance(loaded, dict) else None
+        if found is None:
+            raise ckpt.CheckpointError("it was not written by an elastic job, and is left alone.")
+        return found
+
+    def identity(self) -> str:
+        """The same in all processes that see this folder, on whatever host; other folders have others.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        with _named("the elastic folder cannot be used", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            mark = self.path / _MARK
             try:
-                entry = ckpt.load(path, weights_only=False).get(ckpt.KEY)
-            except (ckpt.CheckpointError, OSError) as error:
-                report(f"`{path}` cannot be used: {error}")
-                continue
-            if entry is not None:
-                return path, entry
-            report(f"`{path}` was not written by an elastic job and is left alone")
-        return None
+                descriptor = os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                pass
+            else:
+                os.write(descriptor, uuid.uuid4().hex.encode())
+                os.close(descriptor)
+            # A copy of the folder on another host has the same content and is another file.
+            return f"{_first_words(mark)} {mark.stat().st_ino}"
 
     def clear(self) -> None:
         """Training has ended by itself: there is nothing left to go on from."""
-        for path in self._newest_first():
-            path.unlink(missing_ok=True)
+        for name in self.names():
+            (self.path / name).unlink(missing_ok=True)
 
-    def _newest_first(self) -> Iterator[Path]:
-        found: list[tuple[int, int, Path]] = []
+    def names(self) -> list[str]:
+        """The checkpoints, newest first, as far as their names tell."""
         with suppress(FileNotFoundError):
-            for path in self.path.iterdir():
-                match = _NAME.fullmatch(path.name.removeprefix(self._prefix))
-                if match and path.name.startswith(self._prefix):
-                    found.append((int(match[1]), int(match[2]), path))
-        return (path for *_, path in sorted(found, reverse=True))
+            found = [path.name for path in self.path.iterdir() if self._position(path.name) is not None]
+            return sorted(found, key=self.order, reverse=True)
+        return []
+
+    def order(self, name: str) -> tuple[int, int]:
+        """Steps and batches of a checkpoint's name; the larger, the newer."""
+        position = self._position(name)
+        assert position is not None
+        return position
+
+    def _position(self, name: str) -> tuple[int, int] | None:
+        match = _NAME.fullmatch(name.removeprefix(self._prefix)) if name.startswith(self._prefix) else None
+        return (int(match[1]), int(match[2])) if match else None
+
+    def _remove_older(self, name: str) -> None:
+        # What looks newer cannot be used, or the job would have gone on from there: it must not crowd out this one.
+        older = [other for other in self.names() if self.order(other) < self.order(name)]
+        for other in older[self._keep - 1 :]:
+            (self.path / other).unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(what: str, path: Path) -> Iterator[None]:
+    """Errors inside the block say what cannot be done, where, and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(
+            error.errno,
+            f"{what}: `{path}` ({error.strerror}). HINT: choose a folder that can be written and has room",
+        ) from error
+
+
+def _first_words(mark: Path) -> str:
+    """What is in a file that another process may have made just now."""
+    deadline = time.monotonic() + _MARKING_SECONDS
+    while not (found := mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found

@@ -12,8 +12,8 @@ import threading
 import warnings
 from typing import Any
 
-from .folder import CheckpointFolder
 from .host_copy import HostCopy
+from .replication import ReplicaError, Replication
 
 _NICE = 10  # the thread yields the CPU to training
 
@@ -32,12 +32,12 @@ class SnapshotWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def submit(self, folder: CheckpointFolder, checkpoint: dict[str, Any], *, step: int, batch: int) -> None:
+    def submit(self, copies: Replication, checkpoint: dict[str, Any], *, step: int, batch: int) -> None:
         """Copy a checkpoint and have it committed.
 
         Args:
-            folder: where to.
-            checkpoint: as for `CheckpointFolder.commit`; its tensors may change after the call.
+            copies: commit it.
+            checkpoint: as for `Replication.commit`; its tensors may change after the call.
             step: optimizer steps done.
             batch: micro-batches done per EST.
         """
@@ -50,7 +50,7 @@ class SnapshotWriter:
         def write() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
             try:
-                folder.commit(copied.wait(), step=step, batch=batch)
+                copies.commit(copied.wait(), step=step, batch=batch)
                 self.written += 1
             except Exception as error:  # noqa: BLE001 - told by the training thread
                 self._error = error
@@ -64,9 +64,20 @@ class SnapshotWriter:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
+        if isinstance(error, ReplicaError):
+            warn_of_copies(error)
+        elif error is not None:
             warnings.warn(
                 f"a snapshot could not be written: {error}. Training goes on; the older snapshots are still there."
                 " HINT: make room in the elastic folder, or choose another one",
                 stacklevel=2,
             )
+
+
+def warn_of_copies(error: ReplicaError) -> None:
+    """Say what a host's loss would cost now."""
+    warnings.warn(
+        f"{error.strerror}. Training goes on; if this host is lost, so is the checkpoint. HINT: look after those hosts,"
+        " their folders and the network between them",
+        stacklevel=3,
+    )

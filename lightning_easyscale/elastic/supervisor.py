@@ -29,12 +29,11 @@ from .group import Devices, ExecutorGroup
 from .membership import WORLD_VARIABLE
 from .move import Move
 from .notice import STOPPED
-from .restarts import Failure, RestartPolicy
+from .restarts import RestartPolicy
 from .signals import SignalQueue
+from .stage import Stage
 
 _TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
-_SETTLE = 5.0  # seconds in which the other executors may end after one has failed, and say why
-_SECONDARY = ("RemoteESTError", "ESTHang", "ESTAborted", "TrainingStopped")  # ends that are not the cause
 
 
 def say(text: str) -> None:
@@ -84,18 +83,13 @@ class Supervisor:
         self._moving: Move | None = None
         self._worlds = folder.path / "world.json"
         self._policy = RestartPolicy(max_restarts)
-        self._group: ExecutorGroup | None = None
+        self._stage: Stage | None = None
         self._run_id = uuid.uuid4().hex[:12]
         self._phase = "starting"  # then "training", then "stopping"
         self._next: Devices | None = None  # what to start on once the executors have ended
         self._stop = False
-        self._asked = False  # whether these executors were told to end by this supervisor
         self._signals = SignalQueue((signal.SIGINT, signal.SIGTERM))
-        self._deadline: float | None = None  # when executors that have not ended are killed
         self._since: float | None = None  # when the pause began that now lasts
-        self._first_to_fail: int | None = None
-        self._errors: list[dict[str, Any]] = []
-        self._started_well = False
         self._good_devices: Devices | None = None  # the newest that a step was taken on
         self._trained = False  # whether training has ended by itself
         self._restarts = 0
@@ -132,8 +126,8 @@ class Supervisor:
                 self._tell(f"ended at once by a second {signal.Signals(end.number).name}")
             finally:
                 self._end_move()
-                if self._group is not None and code != 0:
-                    self._group.kill()
+                if self._stage is not None and code != 0:
+                    self._stage.group.kill()
                 self._write_state({0: "finished", STOPPED: "stopped"}.get(code, "failed"), code)  # type: ignore[arg-type]
             return code
 
@@ -168,9 +162,7 @@ class Supervisor:
         )
 
     def _begin_stage(self, group: ExecutorGroup) -> None:
-        self._group = group
-        self._phase, self._deadline, self._first_to_fail, self._errors = "starting", None, None, []
-        self._asked = self._started_well = False
+        self._stage, self._phase = Stage(group, grace=self._grace, tell=self._tell), "starting"
         self._stages += 1
 
     def _report_devices(self, event: str, devices: Devices) -> None:
@@ -179,35 +171,25 @@ class Supervisor:
 
     def _look(self) -> int | None:
         """What the executors' exit codes mean; an exit code of our own when all is over."""
-        group = self._group
-        assert group is not None
-        codes = group.codes
-        ended = {index: code for index, code in enumerate(codes) if code is not None}
-        if len(ended) < len(codes):
-            bad = [index for index, code in ended.items() if code != 0]
-            if bad and self._first_to_fail is None:
-                self._first_to_fail = bad[0]
-                wait = self._grace if codes[bad[0]] == STOPPED else _SETTLE
-                self._deadline = min(self._deadline or float("inf"), time.monotonic() + wait)
-            if self._deadline is None or time.monotonic() < self._deadline:
-                return None
-            left = [index for index, code in enumerate(codes) if code is None]
-            self._tell(f"executors {left} have not ended in time and are killed")
-        if any(ended.get(index) != 0 for index in range(len(codes))):
-            group.kill()
+        stage = self._stage
+        assert stage is not None
+        ended = stage.ended()
+        if ended is None:
+            return None
         self._follow_events()
-        return self._conclude(ended, all_ended=len(ended) == len(codes))
+        return self._conclude(stage, ended)
 
-    def _conclude(self, codes: dict[int, int], *, all_ended: bool) -> int | None:
+    def _conclude(self, stage: Stage, codes: dict[int, int]) -> int | None:
         """Act on the exit codes of the executors that ended by themselves."""
+        all_ended = len(codes) == len(stage.group.processes)
         self._reached = read_step(self.folder.events)
         if all_ended and not any(codes.values()):
             self._tell("finished")
             return 0
         if self._trained:
-            return self._after_failure(self._failure(codes))
+            return self._after_failure(stage, codes)
         saved = all_ended and all(code in (0, STOPPED) for code in codes.values())
-        if saved or (self._asked and all(code in (0, STOPPED) or code < 0 for code in codes.values())):
+        if saved or (stage.asked and all(code in (0, STOPPED) or code < 0 for code in codes.values())):
             if not saved:
                 self._tell("the executors ended without a new checkpoint")
             if self._stop:
@@ -218,7 +200,7 @@ class Supervisor:
                 self._restarts += 1
             self._move()
             return None
-        return self._after_failure(self._failure(codes))
+        return self._after_failure(stage, codes)
 
     def _move(self) -> None:
         self.devices, self._next = self._next or self.devices, None
@@ -226,7 +208,8 @@ class Supervisor:
 
     # -- changes in place ------------------------------------------------------------------------------------------
     def _begin_move(self, devices: Devices) -> None:
-        self._moving = Move(self._start(devices, before=self._group, grace=self._grace), self._worlds)
+        assert self._stage is not None
+        self._moving = Move(self._start(devices, before=self._stage.group, grace=self._grace), self._worlds)
         newcomers = len(self._moving.after.newcomers)
         if newcomers:
             self._tell(f"{newcomers} newcomers start; training goes on until they are ready")
@@ -242,7 +225,8 @@ class Supervisor:
             self._end_move()
             self._next = None
         elif code is not None or move.deserted():
-            self._deadline = min(self._deadline or float("inf"), time.monotonic() + _SETTLE)
+            assert self._stage is not None
+            self._stage.settle()
         elif move.warm and not move.announced:
             move.announce()
             self._report_devices("moving", self._next or self.devices)
@@ -263,23 +247,8 @@ class Supervisor:
         self._write_state("running", None)
 
     # -- failures --------------------------------------------------------------------------------------------------
-    def _failure(self, codes: dict[int, int]) -> Failure:
-        """The failure that ended the others, as well as it can be told."""
-        step = read_step(self.folder.events)
-        for error in self._errors:
-            code = codes.get(error["executor"], 0)
-            if error["type"] not in _SECONDARY and code not in (0, STOPPED):
-                text = f"{error['type']}: {error['message']}"
-                return Failure(error["executor"], code, error["step"], text, error["rank"])
-        bad = {index: code for index, code in codes.items() if code not in (0, STOPPED)}
-        killed = [index for index, code in bad.items() if code < 0]
-        first = killed[0] if killed else self._first_to_fail if self._first_to_fail in bad else next(iter(bad), None)
-        if first is None:  # some have saved and others hang
-            first = next(index for index in range(self.devices.count) if index not in codes)
-            return Failure(first, -signal.SIGKILL, step)
-        return Failure(first, bad[first], step)
-
-    def _after_failure(self, failure: Failure) -> int | None:
+    def _after_failure(self, stage: Stage, codes: dict[int, int]) -> int | None:
+        failure = stage.failure(codes, read_step(self.folder.events))
         self._tell(str(failure))
         code = 128 - failure.code if failure.killed else failure.code
         if self._stop:
@@ -288,7 +257,7 @@ class Supervisor:
         if self._trained:
             self._tell("giving up: training had ended, and starting again would repeat it")
             return code
-        if self._next is None and not self._started_well and self._good_devices not in (None, self.devices):
+        if self._next is None and not stage.started_well and self._good_devices not in (None, self.devices):
             self._tell(f"nothing has run on {self.devices}; going back to {self._good_devices}")
             self._next = self._good_devices
         verdict = self._policy.decide(
@@ -321,14 +290,17 @@ class Supervisor:
             elif kind == "first_step":
                 self._tell(f"first step done after {paused}: step {event['step']}")
                 self._steps_redone += max(0, self._reached - event["step"] + 1)
-                self._started_well, self._good_devices, self._since = True, self.devices, None
+                assert self._stage is not None
+                self._stage.started_well = True
+                self._good_devices, self._since = self.devices, None
                 if self._phase == "starting":
                     self._phase = "training"
             elif kind == "trained":
                 self._trained, self._phase = True, "ending"
                 self._tell(f"training has ended: step {read_step(self.folder.events)}")
             elif kind == "exception":
-                self._errors.append(event)
+                assert self._stage is not None
+                self._stage.note_error(event)
             elif kind in ("notice", "agreed", "saved"):
                 self._since = self._since or time.monotonic()
                 self._phase = "stopping"
@@ -344,7 +316,7 @@ class Supervisor:
         answer(connection, **do(request))
 
     def _on_status(self, _: dict[str, Any]) -> dict[str, Any]:
-        assert self._group is not None
+        assert self._stage is not None
         return {
             "state": self._phase,
             "pid": os.getpid(),
@@ -355,7 +327,7 @@ class Supervisor:
             "restarts": self._restarts,
             "steps_redone": self._steps_redone,
             "stages": self._stages,
-            "executors": self._group.pids,
+            "executors": self._stage.group.pids,
             "checkpoint": self.folder.newest_checkpoint(),
         }
 
@@ -402,11 +374,11 @@ class Supervisor:
         self._terminate()
 
     def _terminate(self) -> None:
-        assert self._group is not None
+        assert self._stage is not None
         self._since = time.monotonic()
         report_to(self.folder.events, "stopping")
-        self._asked, self._phase, self._deadline = True, "stopping", time.monotonic() + self._grace
-        self._group.terminate()
+        self._phase = "stopping"
+        self._stage.terminate()
 
     # -- signals ---------------------------------------------------------------------------------------------------
     def _take_signals(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import hashlib
+import os
 import pickle
 import time
 import weakref
@@ -266,7 +267,7 @@ def connect(index: int, size: int, *, backend: str, timeout: timedelta) -> Peers
         timeout: how long an executor waits for the others.
 
     Raises:
-        RuntimeError: if a process group of another size is already there.
+        RuntimeError: if a process group of another size is already there, or the others do not come.
     """
     # A strategy that lived before in this process may have left its virtual world in force.
     with physical_world():
@@ -285,7 +286,15 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
     elif size == 1:
         return Peers(0, 1)
     else:
-        dist.init_process_group(backend, init_method="env://", rank=index, world_size=size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, init_method="env://", rank=index, world_size=size, timeout=timeout)
+        except dist.DistError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise RuntimeError(
+                f"executor {index} of {size} waited {timeout.total_seconds():.0f} s for the others at {where} in vain:"
+                f" {error} HINT: look at the other executors' output; all hosts must reach that address, which"
+                " MASTER_ADDR and MASTER_PORT name."
+            ) from error
         atexit.register(disconnect)
         data = dist.group.WORLD
     if size == 1:

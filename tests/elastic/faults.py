@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from lightning.pytorch import Callback
+
+from lightning_easyscale.elastic.notice import SAME_NOTICE_SECONDS
 
 
 class InjectedError(Exception):
@@ -24,9 +27,10 @@ class Fault:
     Args:
         rank: the EST in whose turn it happens.
         step: optimizer steps done then.
-        phase: name of the callback hook in which it happens.
-        action: name of a signal; ``"group"``: SIGTERM to the whole process group; ``"exception"``;
-            ``"SIGKILL in a save"``: the next time a file is synced, after its content was written.
+        phase: name of the callback hook in which it happens, or a place of the job's that calls `reach`.
+        action: name of a signal; ``"SIGTERM twice"``: as two notices; ``"group"``: SIGTERM to the whole process group;
+            ``"exception"``; ``"SIGKILL in a save"``: the next time a file is synced, after its content was written;
+            ``"SIGKILL to a loader worker"``.
         nth: which of the hook's calls at that step, from 1.
         life: which start of the job, from 0.
     """
@@ -44,6 +48,13 @@ class Fault:
             raise InjectedError(f"injected on rank {self.rank} in {self.phase}")
         if self.action == "SIGKILL in a save":
             os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,misc]
+        elif self.action == "SIGKILL to a loader worker":
+            psutil.Process().children()[0].kill()
+        elif self.action == "SIGTERM twice":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SAME_NOTICE_SECONDS + 0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)  # unless this ends the process, it goes on too late
         elif self.action == "group":
             # by somebody else: workers obey their own parent
             command = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
@@ -51,6 +62,21 @@ class Fault:
         else:
             os.kill(os.getpid(), signal.Signals[self.action])
         time.sleep(0.03)  # handlers run on the main thread, which may have to be woken
+
+    def __str__(self) -> str:
+        where = self.phase + (f" (call {self.nth})" if self.nth > 1 else "")
+        return f"{self.action} in EST {self.rank}, step {self.step}, {where}"
+
+
+_elsewhere: list[Fault] = []
+
+
+def reach(place: str) -> None:
+    """Called by a job at a place that no callback hook sees; its faults happen once."""
+    for fault in list(_elsewhere):
+        if fault.phase == place:
+            _elsewhere.remove(fault)
+            fault.happen()
 
 
 class _Injector(Callback):
@@ -67,4 +93,7 @@ class _Injector(Callback):
 
 def inject(faults: Iterable[Fault]) -> list[Callback]:
     """Callbacks that let the faults happen; each has the one hook that it needs."""
+    faults = list(faults)
+    _elsewhere[:] = [fault for fault in faults if not hasattr(Callback, fault.phase)]
+    faults = [fault for fault in faults if hasattr(Callback, fault.phase)]
     return [type("Injector", (_Injector,), {fault.phase: _Injector.hook})(fault) for fault in faults]

@@ -13,11 +13,14 @@ from torchmetrics import MeanMetric
 
 from ..integration.models import Model, loader
 from ..integration.scenario import Script
+from .faults import reach
 
 
 class Job(Model):
-    def __init__(self, plateau: str, pause: float) -> None:
+    def __init__(self, plateau: str, pause: float, compiled: bool) -> None:
         super().__init__()
+        if compiled:
+            self.net = torch.compile(self.net, backend=_compile)  # type: ignore[assignment]
         self.pause = pause
         self.plateau = plateau
         self.seen = MeanMetric()
@@ -47,6 +50,7 @@ def job(config: dict[str, Any], root: Path) -> Script:
     """A job; `config` holds arguments of the Trainer."""
     options = dict(config)
     plateau = options.pop("plateau", "")
+    compiled = options.pop("compiled", False)
     workers, pause = options.pop("workers", 0), options.pop("pause", 0.0)
     batch, val_batch = options.pop("batch", 4), options.pop("val_batch", 4)
     saver = ModelCheckpoint(
@@ -68,4 +72,9 @@ def job(config: dict[str, Any], root: Path) -> Script:
         "train_dataloaders": loader(noise=True, batch_size=batch, num_workers=workers),
         "val_dataloaders": loader(30, val_batch, shuffle=False, noise=True),
     }
-    return Script(Job(plateau, pause), data, trainer)
+    return Script(Job(plateau, pause, compiled), data, trainer)
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+    reach("compile")
+    return graph.forward

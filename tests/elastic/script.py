@@ -41,12 +41,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hurry", type=Path)
+    parser.add_argument("--snapshots", type=int, help="steps between two of them")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--reference", action="store_true", help="stock DDP, in a process per worker")
     arguments = parser.parse_args()
     pl.seed_everything(11, verbose=False)
     callbacks: list[Any] = [RunRecord(arguments.out / "record", digest_every_n_steps=4, flush_every_n_steps=1)]
     strategy: Any = EasyScaleStrategy(
-        num_ests=arguments.num_ests, threads_per_est=1, start_method=arguments.start_method
+        num_ests=arguments.num_ests,
+        threads_per_est=1,
+        snapshot_every_n_steps=arguments.snapshots if not arguments.reference else None,
+        snapshot_replicas=arguments.replicas,
+        start_method=arguments.start_method,
     )
     if arguments.reference:
         strategy = "ddp"

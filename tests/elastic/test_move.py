@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_easyscale.elastic import supervisor
+from lightning_easyscale.elastic import stage
 from lightning_easyscale.elastic.notice import STOPPED
 from tests.elastic.test_supervisor import LONG, Job, refused, resize, stop, trained
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stubs do not end by themselves when another one is lost."""
-    monkeypatch.setattr(supervisor, "_SETTLE", 0.3)
+    monkeypatch.setattr(stage, "_SETTLE", 0.3)
 
 
 class Pids:
@@ -54,7 +54,9 @@ def test_who_gets_another_device_type_is_replaced(tmp_path: Path, monkeypatch: p
     assert [start["ATEN_CPU_CAPABILITY"] for start in job.starts()] == [None, None, "default", "default"]
 
 
+@pytest.mark.fault("resize in place: a newcomer fails")
 def test_a_newcomer_that_fails_changes_nothing(tmp_path: Path) -> None:
+    """Training goes on in the processes and on the devices it had."""
     pids = Pids()
     job = Job(tmp_path, LONG, "2:0:refuse", in_place=True)
     assert job.run(trained(1), pids, resize("3"), trained(1, 30), pids, resize("1"), trained(2), stop) == STOPPED
@@ -62,12 +64,16 @@ def test_a_newcomer_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert job.said("a newcomer has failed with exit code 4; training goes on on 2 devices")
 
 
+@pytest.mark.fault("resize in place: a survivor ends")
 def test_when_a_survivor_ends_instead_the_job_is_launched_again(tmp_path: Path) -> None:
+    """The job is launched again from the checkpoint on the new devices."""
     job = Job(tmp_path, LONG, "1:0:desert", in_place=True)
     assert job.run(trained(1), resize("3"), trained(2), stop) == STOPPED
     assert [start["WORLD_SIZE"] for start in job.starts()] == ["2", "2", "3", "3", "3", "3"]
 
 
+@pytest.mark.fault("resize during a resize in place; stop during it")
 def test_no_second_move_and_a_stop_ends_the_first(tmp_path: Path) -> None:
+    """The second resize is refused with the reason; the stop saves."""
     job = Job(tmp_path, LONG, in_place=True)
     assert job.run(trained(1), resize("4"), refused("3", "on its way to 4 devices already"), stop) == STOPPED

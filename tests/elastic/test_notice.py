@@ -47,7 +47,9 @@ def test_the_first_signal_asks() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.fault("SIGTERM in start-up, before the executors are connected")
 def test_before_there_is_anything_to_ask_it_ends_the_process() -> None:
+    """Exit code 75, and what the process has started is ended."""
     done = run("""
         with stopping():
             os.kill(os.getpid(), 15)
@@ -58,7 +60,9 @@ def test_before_there_is_anything_to_ask_it_ends_the_process() -> None:
 
 
 @pytest.mark.parametrize("number", ["TERM", "USR1"])
+@pytest.mark.fault("second SIGTERM or SIGUSR1 while the main thread hangs in native code")
 def test_a_second_signal_ends_a_process_whose_main_thread_hangs(number: str) -> None:
+    """The process ends at once with 128 + the signal."""
     done = run(f"""
         with stopping() as listening:
             listening.ask(lambda: print("asked", flush=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lightning_easyscale.elastic import supervisor
+from lightning_easyscale.elastic import stage
 from lightning_easyscale.elastic.control import JobError, JobFolder
 from lightning_easyscale.elastic.group import Devices
 from lightning_easyscale.elastic.notice import STOPPED
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stubs do not end by themselves when another one is lost."""
-    monkeypatch.setattr(supervisor, "_SETTLE", 0.3)
+    monkeypatch.setattr(stage, "_SETTLE", 0.3)
 
 
 class Job:
@@ -158,7 +158,9 @@ def test_typed_devices_start_with_their_environment(tmp_path: Path, monkeypatch:
     assert job.said("2 devices -> 1 v100 + 2 t4")
 
 
+@pytest.mark.fault("resize beyond N, to no device, to an unknown type, to the same, and during a resize")
 def test_what_cannot_be_resized_is_refused_and_training_goes_on(tmp_path: Path) -> None:
+    """One error each with reason and cure; the job goes on on the devices it had."""
     script = [
         refused("9", "9 devices for 4 ESTs"),
         refused("2", "runs on 2 devices already"),
@@ -175,7 +177,9 @@ def test_what_cannot_be_resized_is_refused_and_training_goes_on(tmp_path: Path) 
     assert job.sizes() == [2, 1]
 
 
+@pytest.mark.fault("SIGKILL to executor 1 under the supervisor")
 def test_a_killed_executor_is_started_again_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    """The others end, and all start again from the newest checkpoint."""
     job = Job(tmp_path, LONG)
     assert job.run(trained(1), kill(1, signal.SIGKILL), trained(2), resize("1"), trained(3), stop) == STOPPED
     assert job.sizes() == [2, 2, 1]
@@ -183,7 +187,9 @@ def test_a_killed_executor_is_started_again_from_the_newest_checkpoint(tmp_path:
     assert job.said("from the beginning")
 
 
+@pytest.mark.fault("SIGTERM to executors from outside the supervisor")
 def test_an_executor_that_gets_sigterm_from_elsewhere_saves_and_starts_again(tmp_path: Path) -> None:
+    """They save, and start again on as many devices."""
     job = Job(tmp_path, LONG)
 
     def everyone(job: Job) -> None:  # the real strategy tells the others itself
@@ -195,16 +201,20 @@ def test_an_executor_that_gets_sigterm_from_elsewhere_saves_and_starts_again(tmp
     assert job.sizes() == [2, 2]
 
 
+@pytest.mark.fault("SIGKILL to executor 0 while it saves for a resize")
 def test_an_executor_killed_while_it_saves_costs_no_more_than_the_steps_since_the_last_checkpoint(
     tmp_path: Path,
 ) -> None:
+    """The job starts on the new devices from the checkpoint before."""
     job = Job(tmp_path, LONG, "0:3:die")
     assert job.run(trained(1, 3), resize("1"), trained(2), stop) == STOPPED
     assert job.said("ended without a new checkpoint")
     assert job.sizes() == [2, 1]
 
 
+@pytest.mark.fault("an exception that comes again at its step")
 def test_an_error_that_comes_again_at_the_same_step_ends_the_job_with_that_error(tmp_path: Path) -> None:
+    """One second chance; then the job fails with that exception, its EST and its exit code."""
     job = Job(tmp_path, LONG, "1:5:raise:9")
     assert job.run() == 1
     assert job.said("executor 1, EST 2, failed after step 5")
@@ -227,7 +237,9 @@ def test_an_error_before_the_first_step_ends_the_job_at_once(tmp_path: Path) -> 
     assert job.said("before its first step")
 
 
+@pytest.mark.fault("resize to devices on which nothing runs")
 def test_devices_that_do_not_work_are_given_up_for_the_ones_that_did(tmp_path: Path) -> None:
+    """The job goes back to the devices before."""
     job = Job(tmp_path, LONG)
     job.supervisor.num_ests = None
     script: list[Callable[[Job], None]] = [trained(1), lambda job: setattr(job.supervisor, "num_ests", None)]
@@ -236,7 +248,9 @@ def test_devices_that_do_not_work_are_given_up_for_the_ones_that_did(tmp_path: P
     assert job.said("nothing has run on 8 devices; going back to 2 devices")
 
 
+@pytest.mark.fault("SIGKILL at every start")
 def test_crashes_without_progress_cost_devices_and_then_end_the_job(tmp_path: Path) -> None:
+    """The device is left out, then the job fails; no endless restarts."""
     job = Job(tmp_path, LONG, "0:1:kill:9", devices="3", max_restarts=3)
     assert job.run() == 128 + signal.SIGKILL
     assert job.sizes() == [3, 3, 2, 1]
@@ -269,7 +283,9 @@ def test_sigterm_to_the_supervisor_saves(tmp_path: Path) -> None:
     assert job.folder.newest_checkpoint() is not None
 
 
+@pytest.mark.fault("second SIGINT to the supervisor")
 def test_a_second_ctrl_c_is_immediate(tmp_path: Path) -> None:
+    """It ends everything at once with code 130."""
     job = Job(tmp_path, LONG, "0:1:hang")
     began = time.monotonic()
     assert job.run(trained(1), me(signal.SIGINT), lambda _: time.sleep(0.3), me(signal.SIGINT)) == 130
@@ -277,7 +293,9 @@ def test_a_second_ctrl_c_is_immediate(tmp_path: Path) -> None:
     assert job.folder.newest_checkpoint() is None
 
 
+@pytest.mark.fault("an executor that hangs on SIGTERM")
 def test_an_executor_that_does_not_end_in_time_is_killed(tmp_path: Path) -> None:
+    """It is killed after the grace period, and the resize goes on."""
     job = Job(tmp_path, LONG, "0:1:hang", grace=0.5)
     assert job.run(trained(1), resize("1"), trained(2), stop) == STOPPED
     assert job.said("executors [0] have not ended in time")
@@ -294,7 +312,9 @@ def test_two_supervisors_do_not_share_a_folder(tmp_path: Path) -> None:
     assert job.run(trained(1), second, stop) == STOPPED
 
 
+@pytest.mark.fault("SIGKILL to the supervisor")
 def test_what_a_killed_supervisor_leaves_is_recognised(tmp_path: Path) -> None:
+    """Commands say so, and the same run command continues the job."""
     folder = JobFolder(tmp_path / "job")
     with pytest.raises(JobError, match="there is no job in"):
         folder.request("status")

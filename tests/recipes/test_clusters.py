@@ -37,6 +37,18 @@ def test_the_manifests_have_what_kubernetes_requires(manifests: dict[str, Any]) 
     assert "torch" in runtime["spec"]["mlPolicy"]
 
 
+def test_the_manifests_have_no_field_that_the_api_does_not_know(manifests: dict[str, Any]) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="kubeflow-trainer-api is not installed")
+    classes = {
+        "PersistentVolumeClaim": models.IoK8sApiCoreV1PersistentVolumeClaim,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+    }
+    for kind, manifest in manifests.items():
+        known = classes[kind].from_dict(manifest)  # a wrong type or a missing field is an error
+        assert known.to_dict() == manifest, f"{kind}: the API drops what it does not know"
+
+
 def test_the_manifests_give_the_job_its_number_of_ests_and_a_shared_folder(manifests: dict[str, Any]) -> None:
     (node,) = manifests["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
