@@ -111,8 +111,8 @@ class Reader(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics, as shares."""
         scores = self.squad.compute()
-        self.log("val_exact_match", scores["exact_match"] / 100)
-        self.log("val_f1", scores["f1"] / 100)
+        self.log("val_exact_match", scores["exact_match"] / 100, sync_dist=True)
+        self.log("val_f1", scores["f1"] / 100, sync_dist=True)
         self.squad.reset()
 
     def configure_optimizers(self) -> Any:

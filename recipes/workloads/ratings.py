@@ -69,9 +69,9 @@ def movielens_csv(path: Path) -> Ratings:
 
 
 def random_ratings(users: int, items: int, length: int) -> Ratings:
-    """Random pairs in which every user and every item occurs."""
+    """At least ``length`` random pairs beside one for each user, which is held out; every item occurs."""
     generator = np.random.default_rng(0)
-    length = max(length, users, items)
+    length = users + max(length, items)
     who = np.concatenate([np.arange(users), generator.integers(0, users, length - users)])
     what = np.concatenate([np.arange(items), generator.integers(0, items, length - items)])
     return Ratings(generator.permutation(who), what)

@@ -145,6 +145,8 @@ def main(spec: dict[str, Any]) -> None:
     callbacks.append(SaveAt(spec["save"], spec["steps"]))
     feature = FEATURES.get(spec["model"])
     options = {"precision": spec["precision"], **(feature.trainer_options if feature is not None else {})}
+    if spec["workload"] is not None:
+        options |= {"limit_val_batches": 0}
     trainer = pl.Trainer(
         accelerator=spec["accelerator"],
         devices=spec["devices"],
@@ -159,6 +161,12 @@ def main(spec: dict[str, Any]) -> None:
         num_sanity_val_steps=0,
         **options,
     )
+    if spec["workload"] is not None:
+        from recipes.workloads import build
+
+        module, data = build(spec["workload"], Path(spec["directory"]))
+        trainer.fit(module, datamodule=data, ckpt_path=spec["resume"])
+        return
     module = Model(spec["model"]) if feature is None else feature()
     data = DataLoader(
         Images(), batch_size=8, shuffle=True, pin_memory=feature is not None and torch.cuda.is_available()

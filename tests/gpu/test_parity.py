@@ -20,6 +20,7 @@ from lightning_easyscale.compare import compare
 from lightning_easyscale.record import Record
 
 from ..ports import free_port
+from ..recipes.test_workloads import NAMES, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,8 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
         "backend": "gloo",
         "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
         "precision": "32-true",
+        "model": None,
+        "workload": None,
         "metrics": True,
         "devices": 1 if share else processes,
         "num_nodes": processes if share else 1,
@@ -122,3 +125,16 @@ def test_two_ests_equal_stock_over_nccl(tmp_path, model):
     assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[2], **common), reference)
     spread = run(tmp_path, "two", processes=2, share=False, kind="easyscale", split=[1, 1], **common)
     assert_equal(spread, reference)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_ests_of_a_workload_equal_stock_over_nccl(tmp_path, tmp_path_factory, name):
+    from recipes.workloads import prepare
+
+    workload = tiny(name)
+    directory = prepare(workload, tmp_path_factory.getbasetemp() / "workloads")
+    common = {"n": 2, "workload": workload, "directory": str(directory), "backend": "nccl", "steps": 5}
+    reference = run(tmp_path, "reference", processes=2, share=False, kind="ddp", digest_at=[1, 5], **common)
+    ours = run(tmp_path, "one", processes=1, kind="easyscale", split=[2], digest_at=[1, 5], **common)
+    assert_equal(ours, reference)
