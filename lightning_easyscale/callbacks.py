@@ -72,28 +72,29 @@ class RunRecord(Callback):
         self._writer: RecordWriter | None = None
         self._unwrap: Callable[[], None] | None = None
         self._batches: int | None = None  # micro-batches of the whole job that are done; None until known
+        self._stages: list[str] = []  # whose metrics were recorded since the last micro-batch
         self._calls: list[tuple[int, Any]] = []  # (global step, result) of each training_step call of this micro-batch
         self._digested = -1  # global step of the last digest decision
         self._seen_metrics: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of micro-batches done, so that a resumed run continues the record where this state was taken.
+        """Where the record stands, so that a resumed run continues it where this state was taken.
 
         What was recorded of them is in the file when this returns: a process that is killed after the checkpoint was
         committed has lost nothing of the record that the next one goes on with.
         """
         if self._writer is not None:
             self._writer.flush(wait=True)
-        return {"batches": self._batches}
+        return {"batches": self._batches, "stages": self._stages.copy()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after the micro-batches that the checkpoint counts."""
-        self._batches = state_dict["batches"]
+        """Continue after the micro-batches and metrics that the checkpoint counts."""
+        self._batches, self._stages = state_dict["batches"], list(state_dict["stages"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the count of another trainer's run; a checkpoint restores its own afterwards."""
         if stage == "fit" and trainer.fit_loop.total_batch_idx < 0:
-            self._batches = None
+            self._batches, self._stages = None, []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record at the resume point and start to look at `training_step`."""
@@ -107,6 +108,7 @@ class RunRecord(Callback):
             num_ests=trainer.world_size,
             resume_batch=self._batches,
             resume_step=step,
+            resume_stages=self._stages,
             flush_every_n_steps=self._flush_every,
         )
         self._digested = step
@@ -128,6 +130,7 @@ class RunRecord(Callback):
             tensors = self._fresh_metrics(trainer)
         self._writer.step(step=step, batch=self._batches, tensors=tensors)
         self._batches += 1
+        self._stages.clear()
         done = trainer.global_step
         if done > self._digested and self._digest_due(self._digested, done):
             self._digest(trainer, pl_module)
@@ -214,6 +217,7 @@ class RunRecord(Callback):
     def _record_metrics(self, trainer: pl.Trainer, stage: str) -> None:
         if self._writer is not None and self._metrics and (fresh := self._fresh_metrics(trainer)):
             self._writer.metrics(stage=stage, step=trainer.global_step, batch=self._batches or 0, tensors=fresh)
+            self._stages.append(stage)
 
     def _fresh_metrics(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         """Metrics that were computed anew: Lightning keeps old ones as the same objects; a resumed run shows some."""

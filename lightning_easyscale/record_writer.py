@@ -17,7 +17,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class RecordWriter:
         header: further fields of the header line (plain containers only).
         resume_batch: micro-batches already done; entries from there on are cut and will be written again.
         resume_step: optimizer steps already done; digests past it are cut.
+        resume_stages: stages whose metrics were recorded at the resume point. What else is there was recorded after the
+            checkpoint, for instance where a run ended inside an epoch, and is cut.
         flush_every_n_steps: hand over to the writing thread after so many entries.
         flush_seconds: and at the first entry after so many seconds.
         exact_elements: a tensor with more elements is kept as the sha256 of its bytes.
@@ -69,6 +71,7 @@ class RecordWriter:
         header: Mapping[str, Any] | None = None,
         resume_batch: int = 0,
         resume_step: int = 0,
+        resume_stages: Collection[str] = (),
         flush_every_n_steps: int = 32,
         flush_seconds: float = 2.0,
         exact_elements: int = 1024,
@@ -83,7 +86,7 @@ class RecordWriter:
         self._last_flush = time.monotonic()
         self._error: BaseException | None = None
         first = {"kind": "header", "schema": SCHEMA_VERSION, "rank": rank, "num_ests": num_ests, **(header or {})}
-        self._prepare(first, resume_batch, resume_step)
+        self._prepare(first, resume_batch, resume_step, resume_stages)
         self._file = self._path.open("ab")
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=64)
         self._thread = threading.Thread(target=self._write_loop, name=f"run-record-{rank}", daemon=True)
@@ -159,7 +162,7 @@ class RecordWriter:
             error, self._error = self._error, None
             raise error
 
-    def _prepare(self, header: dict[str, Any], resume_batch: int, resume_step: int) -> None:
+    def _prepare(self, header: dict[str, Any], resume_batch: int, resume_step: int, stages: Collection[str]) -> None:
         """Leave a file that ends exactly at the resume point."""
         old: list[dict[str, Any]] = []
         if self._path.exists():
@@ -167,7 +170,7 @@ class RecordWriter:
                 old = read_lines(self._path)
             elif self._path.stat().st_size:
                 _move_aside(self._path)
-        kept = [line for line in old[1:] if _before(line, resume_batch, resume_step)]
+        kept = [line for line in old[1:] if _before(line, resume_batch, resume_step, stages)]
         temporary = self._path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             for line in [old[0] if old else header, *kept]:
@@ -188,11 +191,13 @@ class RecordWriter:
                 item.set()
 
 
-def _before(line: Mapping[str, Any], batch: int, step: int) -> bool:
+def _before(line: Mapping[str, Any], batch: int, step: int, stages: Collection[str]) -> bool:
     if line["kind"] == "step":
         return bool(line["batch"] < batch)
     if line["kind"] == "digest":
         return bool(line["step"] <= step)
+    if line["kind"] == "metrics" and line["batch"] == batch:
+        return line["stage"] in stages
     return bool(line["batch"] <= batch)
 
 

@@ -12,7 +12,7 @@ from lightning_easyscale.planning import Communication, Link, Profile, published
 from lightning_easyscale.planning.published import PARAMETERS
 from lightning_easyscale.simulation.cluster import ClusterSpec
 from lightning_easyscale.simulation.compat import POLICIES as PUBLISHED
-from lightning_easyscale.simulation.compat import simulate_published
+from lightning_easyscale.simulation.compat import PUBLISHED_RESCALE_S, simulate_published
 from lightning_easyscale.simulation.disturbances import Failures, Serving
 from lightning_easyscale.simulation.engine import Engine
 from lightning_easyscale.simulation.job import build_jobs
@@ -110,6 +110,7 @@ def simulate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """One policy on one trace."""
+    costs = {key: value for key, value in config["costs"].items() if value is not None}
     if config["compat"]:
         result = simulate_published(
             trace.jobs,
@@ -118,7 +119,7 @@ def simulate(
             profile,
             policy=name,
             interval_s=60.0 if config["interval"] is None else config["interval"],
-            rescale_s=config["costs"]["rescale_s"],
+            rescale_s=costs.get("rescale_s", PUBLISHED_RESCALE_S),
             on_progress=on_progress,
         )
     else:
@@ -128,7 +129,7 @@ def simulate(
             cluster,
             jobs,
             make_policy(name),
-            costs=Costs(**config["costs"]),
+            costs=Costs(**costs),
             interval_s=config["interval"] or 0.0,
             failures=Failures(**config["failures"], seed=config["seed"]),
             serving=Serving(**config["serving"], seed=config["seed"]),

@@ -76,3 +76,28 @@ def test_a_checkpoint_comes_after_the_record_of_what_it_holds(tmp_path: Path) ->
     trainer = make_trainer(tmp_path, strategy=strategy, max_epochs=1, max_steps=4, callbacks=[record, Save()])
     trainer.fit(Classifier(), loader(), loader(shuffle=False))
     assert seen == [3, 3]
+
+
+def test_metrics_of_a_run_that_ended_inside_an_epoch_give_way_to_those_of_the_whole_epoch(tmp_path: Path) -> None:
+    """A run that `max_steps` ends writes an epoch's metrics after its last checkpoint; no whole run has those."""
+
+    class SaveAfter(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    def run(folder: str, steps: int, resume: Path | None = None) -> None:
+        pl.seed_everything(3, verbose=False)
+        strategy = EasyScaleStrategy(num_ests=2, threads_per_est=1)
+        callbacks = [RunRecord(tmp_path / folder), SaveAfter()]
+        # the validation after step 3 comes after the checkpoint: it is run and recorded again
+        options = {"val_check_interval": 3, "max_steps": steps, "max_epochs": 1}
+        trainer = make_trainer(tmp_path, strategy=strategy, callbacks=callbacks, **options)
+        trainer.fit(Logging(), loader(80), loader(shuffle=False), ckpt_path=resume)
+
+    run("whole", 6)
+    run("parts", 3)
+    assert '"stage":"train","step":3' in est_file(tmp_path / "parts", 0).read_text()
+    run("parts", 6, tmp_path / "x.ckpt")
+    difference = compare(tmp_path / "whole", tmp_path / "parts")
+    assert difference is None, str(difference)

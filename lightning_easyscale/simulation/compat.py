@@ -28,6 +28,8 @@ from lightning_easyscale.simulation.job import JobSpec
 from lightning_easyscale.simulation.result import JobRecord, Result
 
 POLICIES = ("fifo-serial", "easyscale-homo", "easyscale-heter")
+PUBLISHED_RESCALE_S = 20.0
+"""What a rescale costs in the published simulation."""
 
 
 @dataclass(eq=False)
@@ -149,7 +151,7 @@ def simulate_published(
     *,
     policy: str,
     interval_s: float = 60.0,
-    rescale_s: float = 20.0,
+    rescale_s: float = PUBLISHED_RESCALE_S,
     on_progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Run the published simulation.

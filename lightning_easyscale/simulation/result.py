@@ -105,6 +105,15 @@ class Result:
             levels.append(tuple(running))
         return times, levels
 
+    def _training_share(self, end: float) -> float:
+        times, levels = self.usage()
+        area = sum(
+            sum(counts) * (min(after, end) - time)
+            for time, after, counts in zip(times, [*times[1:], end], levels, strict=True)
+            if time < end
+        )
+        return area / (sum(self.capacity) * end) if end else 0.0
+
     def _serving_share(self, end: float) -> float:
         points = [*self.serving, (end, self.capacity)]
         area = sum(
@@ -143,6 +152,7 @@ class Result:
         used = sum(r.device_seconds for r in self.records)
         serving = self._serving_share(self.makespan_s)
         training = used / (sum(self.capacity) * self.makespan_s)
+        last = max(r.submit_s for r in self.records)
         return {
             "policy": self.policy,
             "jobs": len(jcts),
@@ -154,6 +164,7 @@ class Result:
             "utilisation": training,
             "serving_share": serving,
             "total_utilisation": training + serving,
+            "total_utilisation_until_last_submission": self._training_share(last) + self._serving_share(last),
             "avg_rho": sum(rho) / len(rho),
             "median_rho": percentile(rho, 0.5),
             "max_rho": max(rho),

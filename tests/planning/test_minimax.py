@@ -69,9 +69,10 @@ def by_integer_programs(instances):
     return [round(found.x[goal]) for goal in goals]
 
 
-def test_threshold_equals_integer_program_on_two_thousand_instances():
-    rng = random.Random(7)
-    for _ in range(2000 // BLOCK):
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.matrix)])
+def test_threshold_equals_integer_program(count):
+    rng = random.Random(count)
+    for _ in range(count // BLOCK):
         instances = [random_instance(rng) for _ in range(BLOCK)]
         assert [smallest_limit(*instance) for instance in instances] == by_integer_programs(instances)
 

@@ -1,20 +1,17 @@
 """What a profile measures, what follows from it, and that it goes on where it was."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("hydra")
 from hydra import compose, initialize
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from lightning_easyscale.planning import Configuration, Exchange, Link, Measurement, Profile
 from recipes._config import ConfigError
 from recipes._profile_config import check, counts, read_pace, register
 from recipes._profile_runs import (
+    Measurer,
     concluded,
     fit_exchange,
     fit_speeds,
@@ -22,9 +19,9 @@ from recipes._profile_runs import (
     prediction_errors,
     single_devices,
 )
+from recipes.profile import measure
 
 register()
-ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = {"name": "mnist_conv", "batch_size": 8}
 
 
@@ -110,29 +107,22 @@ def test_devices_and_pace_are_read():
 
 
 @pytest.mark.emulation
-def test_a_profile_is_measured_once_and_replayed(tmp_path):
+@pytest.mark.parametrize("executors", [[], pytest.param([2], marks=pytest.mark.matrix)])
+def test_a_profile_is_measured_once_and_replayed(tmp_path, monkeypatch, executors):
     pytest.importorskip("mlxtend")
     file = tmp_path / "p.json"
-    command = [sys.executable, "-m", "recipes.profile", f"hydra.run.dir={tmp_path}", f"file={file}", "devices=v100:1"]
-    command += ["num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "workload.batch_size=4"]
-    command += ["exchange.bytes=[64,200000]", "exchange.executors=[2]", "exchange.rounds=3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*more):
-        return subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    first = run()
-    assert first.returncode == 0, first.stdout + first.stderr
+    options = ["devices=v100:1", "num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "workload.batch_size=4"]
+    options += ["exchange.bytes=[64,200000]", f"exchange.executors={executors}", "exchange.rounds=3", f"file={file}"]
+    measured = measure(configure(*options), tmp_path, Console(quiet=True))
     profile = Profile.load(file)
+    assert profile == measured
     assert [(c.devices, c.ests_per_device) for c in profile.configurations] == [(("v100",), (1,)), (("v100",), (2,))]
-    assert [(e.num_bytes, e.executors) for e in profile.exchanges] == [(64.0, 2), (200000.0, 2)]
-    assert profile.link is not None
+    assert [(e.num_bytes, e.executors) for e in profile.exchanges] == [(b, k) for k in executors for b in (64, 200000)]
+    assert (profile.link is not None) == bool(executors)
+    monkeypatch.setattr(Measurer, "measure", None)  # nothing is measured a second time
+    monkeypatch.setattr("recipes.profile.measure_exchanges", None)
     written = file.read_text()
-    again = run()
-    assert again.returncode == 0
-    assert file.read_text() == written  # nothing was measured a second time
-    other = run('pace="v100:0.1"')
-    assert other.returncode == 2
-    assert "was measured with pace={}" in other.stdout
+    assert measure(configure(*options), tmp_path, Console(quiet=True)) == profile
+    assert file.read_text() == written
+    with pytest.raises(ConfigError, match="was measured with pace={}"):
+        measure(configure(*options, 'pace="v100:0.1"'), tmp_path, Console(quiet=True))

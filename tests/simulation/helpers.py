@@ -8,6 +8,7 @@ from lightning_easyscale.simulation.policy import Costs
 
 PAPER = ClusterSpec({"v100": 32, "p100": 16, "t4": 16})
 FREE = Costs(0.0, 0.0, 0.0)
+PUBLISHED = Costs(20.0, 20.0, 20.0)
 
 
 def simple_profile(**seconds):

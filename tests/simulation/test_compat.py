@@ -10,6 +10,7 @@ from lightning_easyscale.planning import published_profile
 from lightning_easyscale.simulation.compat import published_proposals, simulate_published
 from lightning_easyscale.simulation.traces import BadRow, read_easyscale
 from tests.simulation.helpers import PAPER, run, simple_profile
+from tests.simulation.helpers import PUBLISHED as PUBLISHED_COSTS
 from tests.simulation.helpers import job as make_job
 
 GOLDEN = {
@@ -58,9 +59,8 @@ def test_compat_counts_the_reallocations_that_were_free(compat_trace):
 )
 def test_honest_engine_agrees_with_independent_figures_for_the_same_model(compat_trace, policy, jct):
     trace, profile = compat_trace
-    assert run(trace.jobs, policy, profile=profile, interval_s=60.0).summary()["avg_jct_s"] == pytest.approx(
-        jct, abs=0.6
-    )
+    result = run(trace.jobs, policy, profile=profile, interval_s=60.0, costs=PUBLISHED_COSTS)
+    assert result.summary()["avg_jct_s"] == pytest.approx(jct, abs=0.6)
 
 
 def test_honest_reading_refuses_the_published_file(shared_data):

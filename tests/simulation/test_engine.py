@@ -8,7 +8,7 @@ from lightning_easyscale.simulation.job import JobSpec, build_jobs
 from lightning_easyscale.simulation.policies import POLICIES, make_policy
 from lightning_easyscale.simulation.policy import Costs, GangPolicy
 from lightning_easyscale.simulation.traces import generate
-from tests.simulation.helpers import FREE, PAPER, job, run, simple_profile
+from tests.simulation.helpers import FREE, PAPER, PUBLISHED, job, run, simple_profile
 
 ALL = list(POLICIES)
 ONE_TYPE = ClusterSpec({"v100": 4}, devices_per_node=2)
@@ -108,7 +108,8 @@ def test_times_are_exact_between_events():
 
 def test_elastic_job_grows_to_its_ests_and_pays_each_rescale():
     profile = simple_profile(v100=1.0)
-    result = run([job("a", 0.0, 4, 100.0)], "easyscale-homo", cluster=ONE_TYPE, profile=profile, interval_s=60.0)
+    alone = [job("a", 0.0, 4, 100.0)]
+    result = run(alone, "easyscale-homo", cluster=ONE_TYPE, profile=profile, interval_s=60.0, costs=PUBLISHED)
     record = result.records[0]
     assert [c for _, c in record.segments] == [(1,), (2,), (4,), None]
     # 10 steps in 40 s at 1/4 speed, 20 steps in 40 s at 1/2 speed, then 70 steps at 1 a second; 20 s lost each time

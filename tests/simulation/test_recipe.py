@@ -11,23 +11,31 @@ pytest.importorskip("hydra")
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from lightning_easyscale.simulation.compat import PUBLISHED_RESCALE_S  # noqa: E402
 from lightning_easyscale.simulation.policies import POLICIES  # noqa: E402
+from lightning_easyscale.simulation.policy import Costs  # noqa: E402
+from recipes.simulate import main  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 HEAD = "name,time,application,max_parallelism,batch_size,epochs,enable_heterogeneous_deterministic,preferred_gpu\n"
 
 
-def simulate(tmp_path, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "recipes.simulate", f"hydra.run.dir={tmp_path}/out", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def simulate(tmp_path, monkeypatch, capsys):
+    """Run the recipe in this process: exit status and what it printed."""
+
+    def run(*arguments):
+        quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+        monkeypatch.setattr(sys, "argv", ["simulate", f"hydra.run.dir={tmp_path}/out", *quiet, *arguments])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().out
+
+    return run
 
 
 def test_every_policy_has_a_file_and_every_file_composes():
@@ -42,7 +50,10 @@ def test_every_policy_has_a_file_and_every_file_composes():
 def test_csv_run_writes_summary_jobs_figures_and_page(tmp_path):
     trace = tmp_path / "t.csv"
     trace.write_text(HEAD + "a,5,resnet50,4,64,2,0,v100\nb,7,bert,8,8,20,1,p100\n")
-    done = simulate(tmp_path, "trace=csv", f"trace.path={trace}", "policy=all")
+    command = [sys.executable, "-m", "recipes.simulate", f"hydra.run.dir={tmp_path}/out", "trace=csv"]
+    command += [f"trace.path={trace}", "policy=all"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -60,31 +71,38 @@ def test_csv_run_writes_summary_jobs_figures_and_page(tmp_path):
     assert set(json.loads(data.group(1))["runs"]) == set(POLICIES)
 
 
-def test_compat_and_seeds_from_the_command_line(tmp_path, shared_data):
-    done = simulate(
-        tmp_path,
-        "trace=csv",
-        f"trace.path={shared_data / 'trace_68_jobs.csv'}",
-        "compat=true",
-        "policy=all",
-        "figures=false",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_compat_from_the_command_line(simulate, tmp_path, shared_data):
+    trace = f"trace.path={shared_data / 'trace_68_jobs.csv'}"
+    status, printed = simulate("trace=csv", trace, "compat=true", "policy=all", "figures=false")
+    assert status == 0, printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["fifo-serial"]["avg_jct_s"] == pytest.approx(8740.7, rel=0.01)
-    done = simulate(tmp_path, "policy=paper", "repeats=3", "trace.num_jobs=10", "figures=false")
-    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_seeds_give_confidence_intervals(simulate, tmp_path):
+    status, printed = simulate("policy=paper", "repeats=3", "trace.num_jobs=10", "figures=false")
+    assert status == 0, printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["easyscale-homo"]["avg_jct_s_ci95"] > 0
 
 
-def test_errors_are_one_clear_line(tmp_path):
+def test_measured_costs_are_the_default_and_published_ones_that_of_compatibility():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = OmegaConf.to_container(compose("simulate"))
+    measured = json.loads((ROOT / "recipes" / "results" / "rescale_cpu.json").read_text())
+    pause = measured["ways"]["relaunch"]["all"]["paused_s"]["median"]
+    assert set(config["costs"].values()) == {None}
+    assert set(vars(Costs()).values()) == {round(pause, 1)}
+    assert PUBLISHED_RESCALE_S == 20.0
+
+
+def test_errors_are_one_clear_line(simulate, tmp_path):
     trace = tmp_path / "t.csv"
     trace.write_text(HEAD + "a,5,resnet50,-4,64,2,0,v100\n")
-    done = simulate(tmp_path, "trace=csv", f"trace.path={trace}")
-    assert done.returncode == 2
-    assert "line 2: `max_parallelism=-4`" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    done = simulate(tmp_path, "trace=csv")
-    assert done.returncode == 2
-    assert "trace.path=VALUE" in done.stdout
+    status, printed = simulate("trace=csv", f"trace.path={trace}")
+    assert status == 2
+    assert "line 2: `max_parallelism=-4`" in printed
+    assert "Traceback" not in printed
+    status, printed = simulate("trace=csv")
+    assert status == 2
+    assert "trace.path=VALUE" in printed

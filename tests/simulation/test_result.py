@@ -27,6 +27,13 @@ def test_summary_by_hand():
     assert summary["avg_queueing_s"] == 2.5
     assert summary["utilisation"] == pytest.approx(65 / 120)
     assert summary["rescales"] == 1
+    last = two_jobs()
+    last.serving = [(0.0, (1, 0)), (2.0, (0, 0))]
+    # until b is submitted at 0 s nothing was there to use; with c at 10 s: 20 + 5 x 3 device-seconds, 2 of serving
+    assert summary["total_utilisation_until_last_submission"] == 0.0
+    last.records.append(JobRecord("c", "w", 1, 10.0, 10.0, 20.0, 5.0, 10.0, 0, 0, ((10.0, (1, 0)), (20.0, None))))
+    found = last.summary()["total_utilisation_until_last_submission"]
+    assert found == pytest.approx((20 + 15 + 2) / (10 * 6))
     # demand is 6 of 6 devices until 10 s, then 4: nobody's share is below what it asked for
     assert two_jobs().rho() == [pytest.approx(10 / 8), pytest.approx(20 / 5)]
 
