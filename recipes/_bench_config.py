@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from ._config import ConfigError
 
-COMPARISONS = ("est_vs_accumulation", "est_vs_ddp", "switch", "memory", "collectives")
+COMPARISONS = ("est_vs_accumulation", "est_vs_ddp", "switch", "memory", "collectives", "snapshots")
 
 
 @dataclass
@@ -38,11 +38,13 @@ class BenchConf:
         blocks: timed blocks of each side.
         models: model -> how it is run.
         calls: calls of a collective, and a thousandth of the hand-overs, in a timed block.
+        snapshot_steps: optimizer steps of a block with one snapshot.
     """
 
     blocks: int = MISSING
     models: Dict[str, ModelConf] = MISSING  # noqa: UP006
     calls: int = MISSING
+    snapshot_steps: int = MISSING
 
 
 @dataclass
@@ -91,5 +93,6 @@ def check(conf: OverheadConf) -> None:
         raise ConfigError(f"`accelerator={conf.accelerator}` is unknown. HINT: use 'auto', 'cpu' or 'gpu'.")
     if missing := {"resnet18", "tiny", "empty"} - set(conf.bench.models):
         raise ConfigError(f"`bench.models` lacks {sorted(missing)[0]!r}. HINT: give resnet18, tiny and empty.")
-    if conf.bench.blocks < 1 or conf.bench.calls < 1:
-        raise ConfigError(f"`bench.blocks={conf.bench.blocks}`, `bench.calls={conf.bench.calls}`: at least 1 each.")
+    for key in ("blocks", "calls", "snapshot_steps"):
+        if (value := getattr(conf.bench, key)) < 1:
+            raise ConfigError(f"`bench.{key}={value}` is too few. HINT: at least 1.")

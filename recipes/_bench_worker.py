@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -47,6 +48,7 @@ class Side:
         repeats: one batch is made once and trained on again and again, so that data costs nothing.
         slices: report how long each EST has held the baton.
         releases: free the allocator's cache after the warm-up, once ``go`` holds -1.
+        snapshot_every: optimizer steps between EasyScale's snapshots, which go to the side's directory.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Side:
     repeats: bool = False
     slices: bool = False
     releases: bool = False
+    snapshot_every: int | None = None
 
     def ranks(self) -> list[dict[str, str]]:
         """For each process, the variables that tell it which one it is."""
@@ -240,7 +243,8 @@ def main(side: Side) -> None:
             return {}
         executor = session.executor
         physical = executor.peers.physical_collectives
-        return {"counts": {"switches": executor.switches, "meetings": executor.meetings, "physical": physical}}
+        done = {"switches": executor.switches, "meetings": executor.meetings, "physical": physical}
+        return {"counts": {**done, "snapshots": session.snapshots.written}}
 
     torch.set_num_threads(side.threads)
     pl.seed_everything(1, verbose=False)
@@ -306,8 +310,16 @@ def _arguments(side: Side) -> dict[str, Any]:
         threads_per_est=side.threads,
         reduction=side.reduction,  # type: ignore[arg-type]
         gradient_offload=side.offload,  # type: ignore[arg-type]
+        elastic_dir=_empty(Path(side.directory) / "elastic") if side.snapshot_every is not None else None,
+        snapshot_every_n_steps=side.snapshot_every,
     )
     return {"strategy": strategy, "devices": side.executors}
+
+
+def _empty(directory: Path) -> Path:
+    """A folder from which no run goes on."""
+    shutil.rmtree(directory, ignore_errors=True)
+    return directory
 
 
 def run_file(file: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from lightning_easyscale.elastic.control import JobError, JobFolder
 from lightning_easyscale.elastic.group import Devices
-from lightning_easyscale.elastic.notice import STOPPED
 from lightning_easyscale.elastic.supervisor import Supervisor
 
 from ._runs import RunFailedError, _tail
@@ -92,7 +91,7 @@ class ElasticRun:
             thread.join()
         if self._errors:
             raise self._errors[0]
-        if code in (STOPPED, 130, 143) and not self._timed_out:
+        if code != 0 and self._supervisor.told_to_stop and not self._timed_out:
             raise SystemExit(code)  # somebody has ended this recipe
         if code != 0:
             raise RunFailedError(f"the job ended with status {code}; its log is {self.log}:\n{_tail(self.log)}")

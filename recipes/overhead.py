@@ -7,7 +7,8 @@ block):
 - ``est_vs_ddp``: one EST on each of P executors / stock DDP on P;
 - ``switch``: a hand-over of the baton by itself, and an EST's step of a module that does nothing;
 - ``memory``: what one more EST needs beyond the parameters that all share;
-- ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs), and how often each hands on the baton.
+- ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs), and how often each hands on the baton;
+- ``snapshots``: steps during which a snapshot is copied and committed / the same without.
 
 Every number is the median of the blocks, with the least and the greatest; a ratio is that of neighbouring blocks, so a
 slow spell of the machine falls on both sides. Into ``hydra.run.dir`` go ``overhead.json`` (all blocks),
@@ -20,7 +21,8 @@ import csv
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from rich.table import Table
 from lightning_easyscale import determinism
 
 from . import _bench_figure
-from ._bench_config import OverheadConf, check, register
+from ._bench_config import ModelConf, OverheadConf, check, register
 from ._bench_runs import bench_processes, interleave
 from ._bench_switch import time_switches
 from ._bench_worker import COLLECTIVES, Side
@@ -46,7 +48,7 @@ from ._warm import WarmProcesses
 
 register()
 
-AIMS = {"ratio_resnet18": 1.02, "switch_us": 150.0}
+AIMS = {"ratio_resnet18": 1.02, "switch_us": 150.0, "snapshots": 1.01}
 
 Row = dict[str, Any]
 
@@ -150,6 +152,21 @@ class Bench:
                     rows.append(_row("collectives", f"{call}: {name}", "switches", switches))
         return rows
 
+    def snapshots(self) -> list[Row]:
+        """(f): blocks with one snapshot each, taken after their first step."""
+        k, steps, name = self.conf.ests, self.conf.bench.snapshot_steps, "snapshots resnet18"
+        size = replace(self.conf.bench.models["resnet18"], steps=steps, warmup=2 * steps - 1)
+        side = ("easyscale", k, 1)
+        results = self._compare(name, "resnet18", size=size, snapshot_every={"on": steps}, on=side, off=side)
+        rows = [
+            _ratio(name, f"a snapshot every {steps} steps / none", *results.values(), aim=AIMS["snapshots"]),
+            _ratio(name, "the same, CPU time", *results.values(), key="cpu"),
+        ]
+        cost = [1e3 * steps * (a["seconds"] - b["seconds"]) for a, b in zip(*results.values(), strict=True)]
+        rows.append(_row(name, "what a snapshot adds", "ms", cost))
+        written = [entry["counts"]["snapshots"] for entry in results["on"]]
+        return [*rows, _row(name, "snapshots committed until the end of a block", "", written)]
+
     def _compare(
         self,
         name: str,
@@ -157,10 +174,12 @@ class Bench:
         *,
         blocks: int | None = None,
         reduction: str | None = None,
+        size: ModelConf | None = None,
+        snapshot_every: Mapping[str, int] | None = None,
         **sides: tuple[str, int, int],
     ) -> dict[str, list[dict[str, Any]]]:
         bench = self.conf.bench
-        size = bench.models["empty" if model == "collectives" else model]
+        size = size or bench.models["empty" if model == "collectives" else model]
         made = {
             side: Side(
                 kind=kind,
@@ -176,6 +195,7 @@ class Bench:
                 threads=self.threads,
                 reduction=reduction or self.conf.reduction,
                 directory=str(self.directory / "sides" / f"{name} {side}".replace(" ", "_")),
+                snapshot_every=(snapshot_every or {}).get(side),
             )
             for side, (kind, workers, executors) in sides.items()
         }

@@ -33,8 +33,8 @@ cause. Placements are ESTs per executor.
 """
 _FAULTS = """# Faults of elastic jobs
 
-Written by `make keep-reports` from the report of `make test-all`, never by hand. A fault happens at (EST, optimizer
-steps done, hook) or where the line says. *the bits of stock DDP*: losses, parameters, buffers, optimizer state, metrics
+Written by `make keep-reports` from the reports of tests, never by hand. A fault happens at (EST, optimizer steps done,
+hook) or where the line says. *the bits of stock DDP*: losses, parameters, buffers, optimizer state, metrics
 and files of `Trainer(strategy="ddp", devices=N)` in N processes that nothing has disturbed.
 """
 _FAULT_COLUMNS = ["| case | what happens, where | what is asserted | outcome | s | test file |", "|---" * 6 + "|"]

@@ -98,6 +98,11 @@ class Supervisor:
         self._stages = 0
         self._generation = 0
 
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether a signal or a request has told it to end, whatever the exit code."""
+        return self._stop
+
     # -- the loop --------------------------------------------------------------------------------------------------
     def run(self) -> int:
         """Run the job to its end; returns the exit code.

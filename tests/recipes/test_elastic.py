@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 
 pytest.importorskip("hydra")
 
+from lightning_easyscale.elastic.supervisor import Supervisor
 from recipes._config import ConfigError
+from recipes._elastic_run import ElasticRun
+from recipes._runs import RunFailedError
 from recipes._schedules import LiveStage, check_stages, random_stages
 from recipes._timeline import read_spans
 from recipes.elastic import ElasticConf, LiveScheduleConf, LiveStageConf, stages_of
-from recipes.soak import count_samples
+from recipes.soak import SoakConf, count_samples, make_spec
 from tests.launch.test_launch import ROOT, environment
 
 
@@ -97,6 +101,20 @@ def test_lost_and_repeated_samples_are_counted(tmp_path: Path) -> None:
         lines = "".join(json.dumps({"kind": "step", "batch": b}) + "\n" for b in batches)
         (tmp_path / name / "est-00000.jsonl").write_text(lines)
     assert count_samples(tmp_path / "reference", tmp_path / "run", num_ests=1, batch_size=16) == (16, 16)
+
+
+@pytest.mark.parametrize(("told", "ends"), [(False, RunFailedError), (True, SystemExit)])
+def test_an_executor_that_was_terminated_does_not_end_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool, ends: type[BaseException]
+) -> None:
+    """Its exit code looks as if somebody had ended the supervisor."""
+    monkeypatch.setattr(Supervisor, "run", lambda _: 128 + signal.SIGTERM)
+    monkeypatch.setattr(Supervisor, "told_to_stop", told)
+    spec = make_spec(SoakConf(), tmp_path, tmp_path, reference=False)
+    run = ElasticRun(spec, tmp_path / "job", "1", tell=print)
+    run.log.touch()
+    with pytest.raises(ends, match="143"):
+        run.run(lambda _: None)
 
 
 def run_recipe(name: str, directory: Path, *options: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_every_size_composes(file):
         ("ests=1", "`ests=1`"),
         ("accelerator=tpu", "`accelerator=tpu` is unknown"),
         ("bench.blocks=0", "`bench.blocks=0`"),
+        ("bench.snapshot_steps=0", "`bench.snapshot_steps=0`"),
         ("~bench.models.tiny", "`bench.models` lacks 'tiny'"),
     ],
 )
@@ -95,10 +96,10 @@ def test_a_small_run_from_end_to_end(tmp_path):
         command = [sys.executable, "-m", "recipes.overhead", "bench=smoke", f"hydra.run.dir={tmp_path}", *overrides]
         return subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=ROOT, env=environment)
 
-    first = recipe("only=[switch]", "accelerator=cpu", "ests=2")
+    first = recipe("only=[switch,snapshots]", "accelerator=cpu", "ests=2")
     assert first.returncode == 0, first.stdout + first.stderr
     report = json.loads((tmp_path / "overhead.json").read_text())
-    assert {row["comparison"] for row in report["rows"]} == {"switch", "switch empty"}
+    assert {row["comparison"] for row in report["rows"]} == {"switch", "switch empty", "snapshots resnet18"}
     assert all(row["min"] <= row["median"] <= row["max"] for row in report["rows"])
     assert (tmp_path / "overhead.csv").read_text().count("\n") == len(report["rows"]) + 1
 
