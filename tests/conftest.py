@@ -36,14 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"device types cannot be emulated: {host_cpu().why_not}"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def restore_after_module() -> Iterator[None]:
+    """What fixtures of a module change is put back after it: variables, directory and settings of torch."""
+    with _kept_environment(), _kept_settings():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def restore_environment() -> Iterator[None]:
     """Variables and the working directory."""
-    variables, directory = dict(os.environ), os.getcwd()
-    yield
-    os.chdir(directory)
-    os.environ.clear()
-    os.environ.update(variables)
+    with _kept_environment():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +126,15 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
+    variables, directory = dict(os.environ), os.getcwd()
+    yield
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(variables)
 
 
 @contextmanager

@@ -286,7 +286,7 @@ def run(directory, arguments, stdin=None, **variables):
 
 
 @pytest.mark.emulation
-@pytest.mark.parametrize("how", ["script", "module", "command"])
+@pytest.mark.parametrize("how", ["script", *(pytest.param(h, marks=pytest.mark.matrix) for h in ("module", "command"))])
 def test_a_script_that_has_used_torch_restarts_once_with_the_environment(tmp_path, how):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "main.py").write_text("import lightning.pytorch\n" + SCRIPT)
@@ -309,12 +309,14 @@ def test_a_process_that_started_right_does_not_restart(tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["start", "in"]
 
 
+@pytest.mark.matrix
 @pytest.mark.emulation
 def test_a_restart_can_also_remove_a_variable(tmp_path):
     done = run(tmp_path, ["-c", SCRIPT, "native"], ATEN_CPU_CAPABILITY="default")
     assert [line.split()[2] for line in done.stdout.splitlines()[:2]] == ["default", emulation.host_cpu().isa]
 
 
+@pytest.mark.matrix
 @pytest.mark.emulation
 def test_one_process_cannot_be_two_types_one_after_the_other(tmp_path):
     done = run(tmp_path, ["-c", SCRIPT, "default,native"])

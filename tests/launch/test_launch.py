@@ -68,6 +68,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**result(out), "checkpoint": str(out / "after.ckpt")}
 
 
+@pytest.mark.matrix
 def test_python_m(expected: Mapping[str, Any], tmp_path: Path) -> None:
     (output,) = finish(start([*SCRIPT, "--out", str(tmp_path)]))
     assert "3 ESTs as 2 + 1 on 2 executors" in output
@@ -83,6 +84,7 @@ def test_a_script_with_a_relative_path(expected: Mapping[str, Any], tmp_path: Pa
     assert result(tmp_path) == bits(expected)
 
 
+@pytest.mark.matrix
 def test_a_hydra_application_that_changes_directory(expected: Mapping[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("hydra")
     app = [sys.executable, "hydra_app.py", f"+out={tmp_path}", f"hydra.run.dir={tmp_path}/run", "hydra.job.chdir=true"]
@@ -91,7 +93,7 @@ def test_a_hydra_application_that_changes_directory(expected: Mapping[str, Any],
     assert (tmp_path / "run" / "where").is_dir()
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.matrix)])
 def test_start_methods(expected: Mapping[str, Any], tmp_path: Path, method: str) -> None:
     finish(start([*SCRIPT, "--out", str(tmp_path), "--start-method", method]))
     again = ckpt.load(tmp_path / "after.ckpt")["state_dict"]  # the calling process has the lead's parameters
@@ -101,6 +103,7 @@ def test_start_methods(expected: Mapping[str, Any], tmp_path: Path, method: str)
     assert all(torch.equal(again[name], one[name]) for name in one)
 
 
+@pytest.mark.matrix
 def test_torchrun_with_one_agent_ignores_devices(expected: Mapping[str, Any], tmp_path: Path) -> None:
     agent = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "tests.launch.script"]
     (output,) = finish(start([*agent, "--out", str(tmp_path), "--devices", "7"]))
@@ -124,6 +127,7 @@ def test_torchrun_with_two_agents_of_different_size(expected: Mapping[str, Any],
     assert ckpt.load(tmp_path / "after.ckpt")[ckpt.KEY]["placement"] == [1, 1, 1]
 
 
+@pytest.mark.matrix
 @pytest.mark.emulation
 def test_torchrun_workers_restart_for_their_device_types(tmp_path: Path) -> None:
     options = ["--accelerator", "easyscale", "--determinism", "D0"]
@@ -136,6 +140,7 @@ def test_torchrun_workers_restart_for_their_device_types(tmp_path: Path) -> None
     assert result(tmp_path / "a") == result(tmp_path / "b")
 
 
+@pytest.mark.matrix
 def test_processes_that_the_user_starts(expected: Mapping[str, Any], tmp_path: Path) -> None:
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     finish(*(start([*SCRIPT, "--out", str(tmp_path)], LOCAL_RANK=rank, **meeting) for rank in "01"))
@@ -150,6 +155,7 @@ def test_hosts_that_the_user_starts(expected: Mapping[str, Any], tmp_path: Path)
     assert result(tmp_path) == bits(expected)
 
 
+@pytest.mark.matrix
 def test_a_drawn_seed_is_shared_and_recorded(tmp_path: Path) -> None:
     (output,) = finish(start([*SCRIPT, "--out", str(tmp_path), "--no-seed"]))
     drawn = result(tmp_path)["seed"]

@@ -124,6 +124,7 @@ def run_recipe(name: str, directory: Path, *options: str) -> dict[str, Any]:
     return json.loads((directory / "report.json").read_text())
 
 
+@pytest.mark.matrix
 @pytest.mark.emulation
 @pytest.mark.timeout(500)
 def test_a_live_schedule_has_the_bits_of_stock_ddp(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_published_ratios_are_those_of_the_paper():
     assert OmegaConf.structured(EstOverheadConf).workloads == list(PUBLISHED_MS)
 
 
+@pytest.mark.matrix
 def test_one_workload_from_end_to_end(tmp_path):
     command = [sys.executable, "-m", "recipes.est_overhead", f"hydra.run.dir={tmp_path}", "workloads=[neumf]"]
     command += ["ests=2", "blocks=2", "steps=1", "warmup=1", "accelerator=cpu", "threads=1", "host=true"]

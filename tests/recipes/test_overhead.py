@@ -82,6 +82,7 @@ def test_a_gate_opens_at_its_block(tmp_path):
     assert json.loads((tmp_path / "done").read_text()) == {"seconds": 1.0}
 
 
+@pytest.mark.matrix
 def test_a_side_that_fails_is_shown_with_its_log(tmp_path):
     side = Side("accumulate", "no such model", 2, 1, 8, 4, 1, 1, 1, "no such accelerator", 1, "ddp", str(tmp_path))
     with bench_processes() as warm, pytest.raises(SideFailedError, match="no such accelerator") as failed:

@@ -217,6 +217,7 @@ def test_a_failing_est_may_still_clean_up_with_collectives_that_do_not_hang(make
 @pytest.mark.parametrize("early", [True, False])
 def test_ctrl_c_while_the_main_thread_waits(make: Any, early: bool) -> None:
     executor, cleaned = make((0, 1)), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
 
     def est(rank: int) -> None:
         try:
