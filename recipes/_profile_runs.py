@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -129,6 +130,7 @@ class Measurer:
         conf = self.conf
         self._count += 1
         home = self.directory / "runs" / str(self._count)
+        shutil.rmtree(home, ignore_errors=True)  # reports of an interrupted profile would be taken for this run's
         last = conf.warmup + conf.steps
         pace = tuple(read_pace(conf.pace).get(name, 0.0) for name in wanted.devices)
         spec = RunSpec(

@@ -110,6 +110,7 @@ class WarmProcesses:
             stdout=subprocess.PIPE,
             text=True,
             env=full,
+            start_new_session=True,  # Ctrl-C is for the recipe, which ends this process
         )
         self._ready = False
 

@@ -13,6 +13,7 @@ exit status is 1 if a job's bits differ.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -249,6 +250,8 @@ def table(report: dict[str, Any]) -> Table:
 def run(conf: LiveConf, directory: Path, console: Console) -> dict[str, Any]:
     """The whole experiment; returns the report."""
     experiment = LiveExperiment(conf, directory, console)
+    for stale in ("jobs", "calibration"):  # of an earlier run in this directory, of which only the profile is kept
+        shutil.rmtree(directory / stale, ignore_errors=True)
     profile = measure(experiment.profiling, directory / "profiling", console)
     with Measurer(experiment.profiling, directory / "profiling", experiment.data) as measurer:
         costs = experiment.calibrate(measurer, profile)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ _WORKLOAD = vars(WorkloadConf(name="mnist_conv", model="small_conv", channels=1,
 def run_case(name: str, home: Path, warm: WarmProcesses, data: Path) -> dict[str, Any]:
     """One case: step times with and without moving, and the first difference from the reference."""
     chosen, pace = CASES[name]
+    shutil.rmtree(home, ignore_errors=True)  # reports of an earlier run would be taken for this one's
     base = RunSpec(
         kind="easyscale",
         name=name,

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lightning_easyscale.planning import Configuration, Exchange, Link, Measurement, Profile
+from lightning_easyscale.simulation import JobSpec, build_jobs
 from recipes._config import ConfigError
 from recipes._profile_config import check, counts, read_pace, register
 from recipes._profile_runs import (
@@ -106,17 +107,49 @@ def test_devices_and_pace_are_read():
     assert read_pace("v100:0.5, t4:1") == {"v100": 0.5, "t4": 1.0}
 
 
+class Borrowed:
+    """The tests' warm process in place of one that the recipe would start and end."""
+
+    def __init__(self, warm):
+        self.start, self.close = warm.start, lambda: None
+
+
 @pytest.mark.emulation
 @pytest.mark.parametrize("executors", [[], pytest.param([2], marks=pytest.mark.matrix)])
-def test_a_profile_is_measured_once_and_replayed(tmp_path, monkeypatch, executors):
+def test_an_interrupted_profile_goes_on_measures_nothing_twice_and_is_replayed(
+    tmp_path, monkeypatch, executors, request
+):
     pytest.importorskip("mlxtend")
-    file = tmp_path / "p.json"
-    options = ["devices=v100:1", "num_ests=[1,2]", "levels=[d1]", "steps=3", "warmup=1", "workload.batch_size=4"]
-    options += ["exchange.bytes=[64,200000]", f"exchange.executors={executors}", "exchange.rounds=3", f"file={file}"]
-    measured = measure(configure(*options), tmp_path, Console(quiet=True))
-    profile = Profile.load(file)
-    assert profile == measured
-    assert [(c.devices, c.ests_per_device) for c in profile.configurations] == [(("v100",), (1,)), (("v100",), (2,))]
+    if not executors:
+        warm = request.getfixturevalue("warm")
+        monkeypatch.setattr("recipes._profile_runs.WarmProcesses", lambda environment, threads: Borrowed(warm))
+    file, measured = tmp_path / "p.json", []
+    options = ["devices='v100:1,t4:1'", "num_ests=[2]", "levels=[d1+d2]", "steps=3", "warmup=1"]
+    options += ["workload.batch_size=4", 'pace="v100:0.01,t4:0.02"', f"file={file}"]
+    options += ["exchange.bytes=[64,200000]", f"exchange.executors={executors}", "exchange.rounds=3"]
+    real = Measurer.measure
+
+    def until_the_second(measurer, wanted):
+        measured.append(wanted.key[3:])
+        if len(measured) == 2:
+            real(measurer, wanted)  # the result of a run that was not written is lost
+            raise KeyboardInterrupt
+        return real(measurer, wanted)
+
+    monkeypatch.setattr(Measurer, "measure", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        measure(configure(*options), tmp_path, Console(quiet=True))
+    first = Profile.load(file).configurations
+    assert len(first) == 1
+    profile = measure(configure(*options), tmp_path, Console(quiet=True))
+    assert profile == Profile.load(file)
+    assert profile.configurations[:1] == first
+    assert [(c.devices, c.ests_per_device) for c in profile.configurations] == [
+        (("v100",), (2,)),
+        (("t4",), (2,)),
+        (("v100", "t4"), (1, 1)),
+    ]
+    assert [key for key in measured if measured.count(key) > 1] == [(("t4",), (2,))] * 2  # the interrupted one
     assert [(e.num_bytes, e.executors) for e in profile.exchanges] == [(b, k) for k in executors for b in (64, 200000)]
     assert (profile.link is not None) == bool(executors)
     monkeypatch.setattr(Measurer, "measure", None)  # nothing is measured a second time
@@ -124,5 +157,9 @@ def test_a_profile_is_measured_once_and_replayed(tmp_path, monkeypatch, executor
     written = file.read_text()
     assert measure(configure(*options), tmp_path, Console(quiet=True)) == profile
     assert file.read_text() == written
-    with pytest.raises(ConfigError, match="was measured with pace={}"):
+    with pytest.raises(ConfigError, match="was measured with pace="):
         measure(configure(*options, 'pace="v100:0.1"'), tmp_path, Console(quiet=True))
+    (job,) = build_jobs([JobSpec("j", 0.0, "mnist_conv", 2, 10, 4, True, "t4")], ("v100", "t4"), profile)
+    assert [job.planner.seconds(counts) for counts in ((1, 0), (0, 1), (1, 1))] == [
+        round(c.seconds, 9) for c in profile.configurations
+    ]
