@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def restore_after_module() -> Iterator[None]:
     """What fixtures of a module change is put back after it: variables, directory and settings of torch."""
     with _kept_environment(), _kept_settings():
         yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The published figures' numbers and traces; absent outside the project's own machines."""
+    root = Path(os.environ.get("EASYSCALE_SHARED") or Path(__file__).parents[2] / "shared")
+    if not (root / "data").is_dir():
+        pytest.skip(f"published data not found under {root} (set EASYSCALE_SHARED)")
+    return root / "data"
 
 
 @pytest.fixture(autouse=True)

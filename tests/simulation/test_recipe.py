@@ -10,9 +10,11 @@ pytest.importorskip("hydra")
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
+from lightning_easyscale.simulation.compat import POLICIES as PUBLISHED  # noqa: E402
 from lightning_easyscale.simulation.compat import PUBLISHED_RESCALE_S  # noqa: E402
 from lightning_easyscale.simulation.policies import POLICIES  # noqa: E402
 from lightning_easyscale.simulation.policy import Costs  # noqa: E402
+from recipes._simulate_run import policy_names  # noqa: E402
 from recipes.simulate import main  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +75,11 @@ def test_csv_run_writes_summary_jobs_figures_and_page(simulate, tmp_path):
 
 def test_compat_from_the_command_line(simulate, tmp_path, shared_data):
     trace = f"trace.path={shared_data / 'trace_68_jobs.csv'}"
-    status, printed = simulate("trace=csv", trace, "compat=true", "policy=all", "figures=false")
+    status, printed = simulate("trace=csv", trace, "compat=true", "policy=fifo-serial", "figures=false")
     assert status == 0, printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["fifo-serial"]["avg_jct_s"] == pytest.approx(8740.7, rel=0.01)
+    assert policy_names({"compat": True, "policy": {"names": ["all"]}}) == list(PUBLISHED)
 
 
 def test_seeds_give_confidence_intervals(simulate, tmp_path):

@@ -84,6 +84,9 @@ def test_duplicates_three_ways(tmp_path):
     path = written(tmp_path, HEAD + "a,5,bert,4,8,2,0,v100\nb,6,bert,4,8,2,0,v100\na,9,bert,8,8,2,0,v100\n")
     renamed = read_easyscale(path, PROFILE, duplicates="rename")
     assert [j.name for j in renamed.jobs] == ["a", "b", "a#2"]
+    rows = "".join(f"{name},5,bert,4,8,2,0,v100\n" for name in ("a", "a", "a#2", "a", "a#2"))
+    circle = read_easyscale(written(tmp_path, HEAD + rows, "circle.csv"), PROFILE, duplicates="rename")
+    assert [j.name for j in circle.jobs] == ["a", "a#2", "a#2#2", "a#3", "a#2#3"]  # a new name may be there already
     last = read_easyscale(path, PROFILE, duplicates="last")
     assert [(j.name, j.submit_s, j.max_ests) for j in last.jobs] == [("a", 9.0, 8), ("b", 6.0, 4)]
     assert "1 rows" in last.notes[0]
@@ -171,6 +174,66 @@ def test_public_readers_name_bad_lines(tmp_path):
         read_public(path, format="philly-json")
 
 
+@pytest.mark.parametrize(
+    ("form", "row", "words"),
+    [
+        ("philly", "2017-10-09 07:01:55,66.0,1.5,66.0,x", "line 4: `num_gpus=1.5` is not a whole number"),
+        ("philly", "noon,66.0,1,66.0,x", "line 4: `timestamp=noon` is not a time"),
+        ("elasticflow", "2000,0,1,07", "line 4: `duration=0` is not above 0"),
+        ("helios", "4,u,v,-1,4,1,COMPLETED,2020-04-01 00:00:00,,,60,0", "line 5: `gpu_num=-1`"),
+        ("helios", "4,u,v,1,4,1,COMPLETED,yesterday,,,60,0", "line 5: `submit_time=yesterday`"),
+        ("pai2020", "j3,worker,two,Terminated,1000.0,1600.0,600.0,29.0,50.0,V100", "line 4: `inst_num=two`"),
+        ("pai2023", "p4,1,1,1,1000,,LS,Running,0,end,0", "line 5: `deletion_time=end`"),
+        ("pai2023", "p4,1,1,1,1000,,LS,Running,0,90", "line 5: 10 cells, the header has 11"),
+    ],
+)
+def test_every_public_reader_names_a_bad_line(tmp_path, form, row, words):
+    path = written(tmp_path, SAMPLES[form] + row + "\n")
+    with pytest.raises(BadRow) as caught:
+        read_public(path, format=form)
+    assert words in str(caught.value)
+    assert "HINT" in str(caught.value)
+    if "cells" not in words:
+        jobs, notes = read_public(path, format=form, lenient=True)
+        assert len(jobs) == 2
+        assert words in "".join(notes)
+
+
+@pytest.mark.parametrize("form", ["philly", "elasticflow", "helios", "pai2023"])
+def test_every_public_table_names_an_unknown_and_a_missing_column(tmp_path, form):
+    head, _, rest = SAMPLES[form].partition("\n")
+    more = rest.replace("\n", ",1\n")
+    with pytest.raises(BadRow, match=r"line 1: unknown columns \['colour'\]"):
+        read_public(written(tmp_path, f"{head},colour\n{more}"), format=form)
+    with pytest.raises(BadRow, match="line 1: columns .* are missing"):
+        read_public(written(tmp_path, "colour\n1\n"), format=form)
+
+
+def test_philly_json_names_job_and_line(tmp_path):
+    log = json.loads(SAMPLES["philly-json"])
+    log[1]["submitted_time"] = "noon"
+    path = written(tmp_path, json.dumps(log, indent=1))
+    line = 1 + next(i for i, text in enumerate(path.read_text().splitlines()) if '"b"' in text)
+    with pytest.raises(BadRow, match=f"job `b`, line {line - 1}: `submitted_time=noon` is not a time"):
+        read_public(path, format="philly-json")
+    jobs, notes = read_public(path, format="philly-json", lenient=True)
+    assert [j.name for j in jobs] == ["a"]
+    assert "1 rows left out" in notes[0]
+    log[1]["attempts"][0]["end_time"] = "never"
+    with pytest.raises(BadRow, match="job `b`, line 1: `end_time=never`"):
+        read_public(written(tmp_path, json.dumps(log)), format="philly-json")
+    with pytest.raises(BadRow, match="line 3: `7` is not a job"):
+        read_public(written(tmp_path, '[{"jobid": "a"},\n\n7]'), format="philly-json")
+
+
+def test_shares_of_a_gpu_are_noted(tmp_path):
+    text = SAMPLES["pai2023"].replace("p1,12000,16384,1,1000", "p1,12000,16384,1,460")
+    assert any("1 pods" in note for note in read_public(written(tmp_path, text), format="pai2023")[1])
+    assert read_public(written(tmp_path, SAMPLES["pai2023"]), format="pai2023")[1] == [
+        "1 rows without GPU time left out"
+    ]
+
+
 def test_limit_and_size(tmp_path):
     jobs, notes = read_public(written(tmp_path, SAMPLES["philly"]), format="philly", max_gpus=4)
     assert [j.num_gpus for j in jobs] == [1]
@@ -231,6 +294,7 @@ def test_generator_refuses_nonsense(options, words):
         generate(PROFILE, CAPACITY, **options)
 
 
+@pytest.mark.matrix
 def test_full_public_traces_are_read(shared_data):
     for form, name, count in (
         ("philly", "philly_82247_jobs.csv.gz", 82_247),

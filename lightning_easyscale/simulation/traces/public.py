@@ -14,20 +14,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning_easyscale.simulation.traces.table import BadRow, Row, read_text, rows
 from lightning_easyscale.simulation.traces.trace import RawJob
 
 Reader = Callable[[str, str, bool, "list[str]"], "list[RawJob]"]
+Found = TypeVar("Found")
+_BETWEEN = re.compile(r"[\s,]*")
 _PAI_TASK = (
     "job_name task_name inst_num status start_time end_time plan_cpu plan_mem plan_gpu gpu_type".split()  # noqa: SIM905
 )
 
 
-def _collect(found: list[Row], read: Callable[[Row], RawJob | None], lenient: bool, notes: list[str]) -> list[RawJob]:
+def _collect(
+    found: Iterable[Found], read: Callable[[Found], RawJob | None], lenient: bool, notes: list[str]
+) -> list[RawJob]:
     """Read rows, leaving out bad ones when lenient and those that are no training job (None)."""
     jobs, bad, empty = [], 0, 0
     first = ""
@@ -121,6 +127,7 @@ def _pai2020(text: str, origin: str, lenient: bool, notes: list[str]) -> list[Ra
 def _pai2023(text: str, origin: str, lenient: bool, notes: list[str]) -> list[RawJob]:
     needed = ("name", "num_gpu", "creation_time", "deletion_time")
     known = ("cpu_milli", "memory_mib", "gpu_milli", "gpu_spec", "qos", "pod_phase", "scheduled_time")
+    shares = 0
     found = list(rows(text, origin, needed=needed, known=known, lenient=lenient, notes=notes))
 
     def read(row: Row) -> RawJob | None:
@@ -130,36 +137,50 @@ def _pai2023(text: str, origin: str, lenient: bool, notes: list[str]) -> list[Ra
         duration = end - scheduled
         if not gpus or duration <= 0:
             return None
+        nonlocal shares
+        shares += 0 < row.number("gpu_milli", least=0) < 1000 if row.cells.get("gpu_milli", "").strip() else 0
         return RawJob(f"pai-{row.text('name')}", begin, duration, gpus, row.cells.get("qos") or "default")
 
-    return _collect(found, read, lenient, notes)
+    jobs = _collect(found, read, lenient, notes)
+    notes += [f"pai2023: {shares} pods that asked for a share of a GPU get a whole one"] if shares else []
+    return jobs
 
 
-def _philly_json(text: str, origin: str, lenient: bool, notes: list[str]) -> list[RawJob]:
+def _entries(text: str, origin: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON list, each with the line on which it begins."""
     try:
         log = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow(f"{origin}, line {error.lineno}: not JSON ({error.msg}). HINT: give cluster_job_log.") from error
     if not isinstance(log, list):
-        raise BadRow(f"{origin}: not a list of jobs. HINT: give cluster_job_log.")
-    found = []
-    for number, entry in enumerate(log, start=1):
-        attempts = [a for a in entry.get("attempts", []) if a.get("start_time") and a.get("end_time")]
-        gpus = max((sum(len(d.get("gpus", [])) for d in a.get("detail", [])) for a in attempts), default=0)
-        cells = {"jobid": entry.get("jobid", ""), "submitted_time": entry.get("submitted_time") or ""}
-        cells |= {"gpus": str(gpus), "vc": entry.get("vc") or "default"}
-        row = Row(origin, number, cells)
-        spans = [Row(origin, number, {k: a[k] for k in ("start_time", "end_time")}) for a in attempts]
-        row.cells["duration"] = str(sum(s.seconds("end_time") - s.seconds("start_time") for s in spans))
-        found.append(row)
+        raise BadRow(f"{origin}, line 1: not a list of jobs. HINT: give cluster_job_log.")
+    decoder, line, counted, place = json.JSONDecoder(), 1, 0, text.index("[") + 1
+    for entry in log:
+        place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, place), place
+        if not isinstance(entry, dict):
+            raise BadRow(f"{origin}, line {line}: `{entry}` is not a job. HINT: give cluster_job_log.")
+        yield line, entry
+        place = decoder.raw_decode(text, place)[1]
 
-    def read(row: Row) -> RawJob | None:
-        gpus, duration = row.whole("gpus"), row.number("duration")
+
+def _philly_json(text: str, origin: str, lenient: bool, notes: list[str]) -> list[RawJob]:
+    def read(found: tuple[int, dict[str, Any]]) -> RawJob | None:
+        line, entry = found
+        where = f"{origin}, job `{entry.get('jobid')}`"  # files with everything on one line are common
+        names = ("jobid", "submitted_time", "vc")
+        row = Row(where, line, {name: str(entry.get(name) or "") for name in names})
+        duration, gpus = 0.0, 0
+        for attempt in entry.get("attempts") or ():
+            if attempt.get("start_time") and attempt.get("end_time"):
+                span = Row(where, line, {name: str(attempt[name]) for name in ("start_time", "end_time")})
+                duration += span.seconds("end_time") - span.seconds("start_time")
+                gpus = max(gpus, sum(len(node.get("gpus") or ()) for node in attempt.get("detail") or ()))
         if not gpus or duration <= 0:
             return None
-        return RawJob(row.text("jobid"), row.seconds("submitted_time"), duration, gpus, row.text("vc"))
+        return RawJob(row.text("jobid"), row.seconds("submitted_time"), duration, gpus, row.cells["vc"] or "default")
 
-    return _collect(found, read, lenient, notes)
+    return _collect(_entries(text, origin), read, lenient, notes)
 
 
 READERS: dict[str, Reader] = {
