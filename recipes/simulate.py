@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
+import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,37 @@ def write(out: Path, config: dict[str, Any], summaries: dict[str, dict[str, Any]
         (out / "gantt.html").write_text(gantt_page(results, config["gantt_jobs"]), encoding="utf-8")
 
 
+def keep(file: Path, out: Path, overrides: Sequence[str], results: Mapping[str, Result]) -> None:
+    """Write a run's command, notes and summaries into one file, and copy its figures beside it.
+
+    Args:
+        file: the JSON file.
+        out: the run's directory, with everything that `write` wrote.
+        overrides: what the command line set.
+        results: of the first seed.
+    """
+    words = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key != "keep" and not key.startswith("hydra."):
+            words.append(f"{key}={Path(value).name}" if key.endswith(".path") else word)
+    some = next(iter(results.values()))
+    body = {
+        "command": shlex.join(["python", "-m", "recipes.simulate", *words]),
+        "notes": some.notes,
+        "types": some.types,
+        "capacity": some.capacity,
+        "summary": {
+            policy: {key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()}
+            for policy, numbers in json.loads((out / "summary.json").read_text(encoding="utf-8")).items()
+        },
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(body, indent=1), encoding="utf-8")
+    for figure in sorted(out.glob("fig1[45].png")):
+        shutil.copy(figure, file.with_name(f"{file.stem}_{figure.name}"))
+
+
 @hydra.main(version_base="1.3", config_path="../conf", config_name="simulate")
 def main(config: DictConfig) -> float:
     """Run, print, write; returns the first policy's average JCT, for sweeps."""
@@ -129,6 +163,8 @@ def main(config: DictConfig) -> float:
     show(summaries, console)
     out = Path(HydraConfig.get().runtime.output_dir)
     write(out, plain, summaries, results)
+    if plain["keep"]:
+        keep(Path(plain["keep"]), out, HydraConfig.get().overrides.task, results)
     console.print(f"written to {out}", soft_wrap=True)
     return float(next(iter(summaries.values()))["avg_jct_s"])
 

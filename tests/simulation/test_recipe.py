@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,7 @@ from recipes.simulate import main  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
+RESULTS = ROOT / "recipes" / "results"
 HEAD = "name,time,application,max_parallelism,batch_size,epochs,enable_heterogeneous_deterministic,preferred_gpu\n"
 
 
@@ -82,17 +84,33 @@ def test_compat_from_the_command_line(simulate, tmp_path, shared_data):
     assert policy_names({"compat": True, "policy": {"names": ["all"]}}) == list(PUBLISHED)
 
 
-def test_seeds_give_confidence_intervals(simulate, tmp_path):
-    status, printed = simulate("policy=paper", "repeats=3", "trace.num_jobs=10", "figures=false")
+def test_seeds_give_confidence_intervals_and_a_run_is_kept_in_one_file(simulate, tmp_path):
+    kept = tmp_path / "kept" / "run.json"
+    options = ["policy=paper", "repeats=3", "trace.num_jobs=10", "figures=false"]
+    status, printed = simulate(*options, f"keep={kept}")
     assert status == 0, printed
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["easyscale-homo"]["avg_jct_s_ci95"] > 0
+    found = json.loads(kept.read_text())
+    assert found["command"] == " ".join(["python -m recipes.simulate", *options])
+    assert found["capacity"] == [32, 16, 16]
+    assert found["summary"]["easyscale-homo"]["avg_jct_s"] == round(summary["easyscale-homo"]["avg_jct_s"], 4)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted(RESULTS.glob("simulate_*.json"))])
+def test_kept_results_are_of_policies_that_there_are_and_their_commands_compose(name):
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    assert set(found["summary"]) <= set(POLICIES)
+    overrides = shlex.split(found["command"].replace("[POLICY]", "[srtf]"))
+    assert overrides[:3] == ["python", "-m", "recipes.simulate"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("simulate", overrides[3:])
 
 
 def test_measured_costs_are_the_default_and_published_ones_that_of_compatibility():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("simulate"))
-    measured = json.loads((ROOT / "recipes" / "results" / "rescale_cpu.json").read_text())
+    measured = json.loads((RESULTS / "rescale_cpu.json").read_text())
     pause = measured["ways"]["relaunch"]["all"]["paused_s"]["median"]
     assert set(config["costs"].values()) == {None}
     assert set(vars(Costs()).values()) == {round(pause, 1)}

@@ -1,17 +1,20 @@
 import gzip
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import pytest
 
-from lightning_easyscale.planning import published_profile
+from lightning_easyscale.planning import Profile, published_profile
 from lightning_easyscale.simulation.traces import (
     READERS,
     SHAPES,
     BadRow,
     RawJob,
     assign,
+    d2_friendly,
     generate,
     read_easyscale,
     read_public,
@@ -254,6 +257,15 @@ def test_assignment_keeps_durations_and_says_what_it_assumed():
         assert CAPACITY[spec.preferred] >= spec.max_ests
     with pytest.raises(ValueError, match="64 GPUs"):
         assign([RawJob("big", 0.0, 1.0, 64)], PROFILE, CAPACITY)
+
+
+def test_a_profile_says_which_workloads_mix_types():
+    assert d2_friendly(PROFILE) == {"bert", "electra", "neumf", "swin"}
+    kept = Profile.load(Path(__file__).parents[2] / "recipes" / "results" / "scheduling_profile.json")
+    assert d2_friendly(kept) == {"mnist_conv"}
+    assert d2_friendly(replace(kept, measurements=[m for m in kept.measurements if m.kernels == "D1"])) == set()
+    trace = generate(kept, CAPACITY, num_jobs=5)
+    assert all(job.d2 for job in trace.jobs)
 
 
 @pytest.mark.parametrize("shape", sorted(SHAPES))

@@ -43,8 +43,25 @@ class RawJob:
     queue: str = "default"
 
 
-D2_FRIENDLY = ("bert", "electra", "neumf", "swin")
-"""Workloads whose D2 kernels cost almost nothing on the published devices; these may mix types."""
+_D2_COST = 1.1
+
+
+def d2_friendly(profile: Profile) -> set[str]:
+    """Workloads whose D2 kernels take at most a tenth longer than their D1 kernels, on every type; these may mix types.
+
+    By the published step times: BERT, ELECTRA, NeuMF and Swin.
+    """
+
+    def cost(workload: str, device_type: str) -> float:
+        sizes = set(profile.batch_sizes(workload, device_type, "D1"))
+        shared = sizes.intersection(profile.batch_sizes(workload, device_type, "D2"))
+        ratios = (
+            profile.seconds(workload, device_type, "D2", size) / profile.seconds(workload, device_type, "D1", size)
+            for size in shared
+        )
+        return max(ratios, default=float("inf"))
+
+    return {w for w in profile.workloads if all(cost(w, t) <= _D2_COST for t in profile.device_types)}
 
 
 def assign(
@@ -54,7 +71,6 @@ def assign(
     *,
     seed: int = 0,
     workloads: Mapping[str, float] | None = None,
-    d2_workloads: Sequence[str] = D2_FRIENDLY,
 ) -> tuple[list[JobSpec], list[str]]:
     """Give each raw job a model, a device type, and work that makes it run for its duration.
 
@@ -64,7 +80,6 @@ def assign(
         capacity: devices per type; types are drawn in proportion, among those with enough devices.
         seed: of the draws; each job's draw depends on the seed and its own name only.
         workloads: weights; default: all of the profile, equally.
-        d2_workloads: workloads that allow D2.
 
     Returns:
         The jobs, and the assumptions in words.
@@ -73,6 +88,7 @@ def assign(
         ValueError: if a job is larger than every device type.
     """
     weights = dict(workloads or dict.fromkeys(profile.workloads, 1.0))
+    friendly = d2_friendly(profile)
     specs = []
     for job in raw:
         draw = random.Random(f"{seed}/{job.name}")
@@ -84,7 +100,7 @@ def assign(
                 " HINT: enlarge the cluster or set `max_gpus` to leave such jobs out."
             )
         preferred = draw.choices(list(large), list(large.values()))[0]
-        d2 = workload in d2_workloads
+        d2 = workload in friendly
         kernels = "D2" if d2 else "D1"
         batch = profile.batch_sizes(workload, preferred, kernels)[0]
         steps = job.duration_s / profile.seconds(workload, preferred, kernels, batch)
