@@ -1,5 +1,6 @@
 """The main job: configuration, promises, report, figure, and a run of a few steps from end to end."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,7 +16,9 @@ pytest.importorskip("hydra")
 from hydra import compose, initialize
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
+from rich.console import Console
 
+from lightning_easyscale.devices import pinned_environment
 from lightning_easyscale.digest import digest_state
 from lightning_easyscale.record import Record
 from lightning_easyscale.record_writer import RecordWriter
@@ -23,9 +26,12 @@ from recipes import _figure, _report
 from recipes._config import ConfigError, check
 from recipes._runs import RunFailedError, _StepCounter, child_environment, execute, is_complete, marker
 from recipes._stage import RunSpec
-from recipes.accuracy_consistency import draw_again, plan
+from recipes.accuracy_consistency import draw_again, plan, run
+
+from .conftest import POOL
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("determinism=d1_d2", "workload.batch_size=8")
 GROUPS = ("workload", "schedule", "determinism", "trainer", "experiment")
 
 
@@ -237,32 +243,59 @@ def test_progress_follows_a_growing_record(tmp_path):
     assert counter.count() == 2
 
 
-@pytest.mark.emulation
-def test_a_few_steps_from_end_to_end(tmp_path):
-    command = [sys.executable, "-m", "recipes.accuracy_consistency", "schedule=smoke", f"hydra.run.dir={tmp_path}"]
+@pytest.fixture
+def forked(warm, monkeypatch):
+    """The recipe in this process, its runs forked from the warm process instead of started; what it printed."""
+
+    def execute_forked(spec, *, log, environments, timeout_s, progress, stop):
+        assert all(environments[0][name] == value for name, value in pinned_environment(POOL, emulate=True).items())
+        marker(spec).unlink(missing_ok=True)
+        warm.start(spec, log).wait(timeout_s)
+        progress(spec.end_step - spec.first_step)
+        marker(spec).write_text(spec.dumps())
+        return 0.0
+
+    monkeypatch.setattr("recipes.accuracy_consistency.execute", execute_forked)
+    stages = "{devices: {v100: 2}, steps: 3}, {devices: {v100: 1}, steps: 3}, {devices: {v100: 1, t4: 1}, steps: 3}"
+    conf = configure("schedule=smoke", f"schedule.stages=[{stages}]", *SMALL, "threads_per_est=1", "jobs=1")
+
+    def recipe(directory):
+        console = Console(file=io.StringIO(), width=200)
+        return run(conf, directory, console), console.file.getvalue()
+
+    return recipe
+
+
+@pytest.fixture
+def started():
+    """The same from the command line, every run in processes that start anew."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("EASYSCALE_")}
 
-    def recipe(*overrides):
-        return subprocess.run(
-            [*command, "determinism=d1_d2", "workload.batch_size=8", *overrides],
-            capture_output=True,
-            text=True,
-            timeout=280,
-            cwd=ROOT,
-            env=environment,
-        )
+    def recipe(directory):
+        command = [sys.executable, "-m", "recipes.accuracy_consistency", "schedule=smoke", *SMALL]
+        command.append(f"hydra.run.dir={directory}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment)
+        return done.returncode, done.stdout + done.stderr
 
-    first = recipe()
-    assert first.returncode == 0, first.stdout + first.stderr
+    return recipe
+
+
+@pytest.mark.emulation
+@pytest.mark.parametrize("how", ["forked", pytest.param("started", marks=pytest.mark.matrix)])
+def test_a_few_steps_from_end_to_end(tmp_path, how, request):
+    pytest.importorskip("mlxtend")
+    recipe = request.getfixturevalue(how)
+    status, printed = recipe(tmp_path)
+    assert status == 0, printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["equal"] == {"d1+d2": {"stage_0": True, "stage_1": True, "stage_2": True}}
     assert (tmp_path / "fig9.png").exists()
 
     (tmp_path / "fig9.png").unlink()
     (tmp_path / "checkpoints" / "d1+d2" / "stage_2.done.json").unlink()  # as if killed in the last stage
-    again = recipe()
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("complete already") == 3
+    status, printed = recipe(tmp_path)
+    assert status == 0, printed
+    assert printed.count("complete already") == 3
     assert json.loads((tmp_path / "report.json").read_text())["equal"] == report["equal"]
 
     (tmp_path / "fig9.png").unlink()
