@@ -95,7 +95,7 @@ class ShownGradients:
             parameter.grad = grad
 
     def part(self) -> None:
-        """Before a backward: what accumulates must be the EST's own, and no view of a bucket, which is scaled anew."""
+        """Before a backward: what accumulates must be the EST's own."""
         for _, parameter in self._lasting:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()

@@ -53,7 +53,8 @@ class EasyScaleStrategy(ModelStrategy):
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast, and the
             split is as even as possible.
-        gradient_offload: ``"host"`` keeps partial sums of the ``tree`` order in pinned host memory.
+        gradient_offload: ``"host"`` keeps what waits for the last EST in pinned host memory: partial sums under the
+            ``tree`` order, else gradients.
         process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.

@@ -1,12 +1,12 @@
-"""The module wrapper of one EST under the `tree` order: DistributedDataParallel's contract without its Reducer.
+"""The module wrapper of one EST: DistributedDataParallel's contract without its Reducer.
 
 It mirrors what `DistributedDataParallel` does for a training loop: synchronise buffers before forward, collect the
-gradients of the backward that follows a forward outside `no_sync`, and leave every parameter with the average. A
-gradient goes to the executor's `GradientReduce` the moment it is final, which folds and frees it. Invariants, each as
-in stock DDP (torch 2.13): hooks count only between a synchronising forward and the end of its reduction; a parameter
-counts once; without a search for unused ones the reduction ends when all are there, be it over several backwards, and
-the next forward refuses to start before; with it, the reduction ends with the backward, locally unused parameters count
-as zero (or as what they accumulated), globally unused ones keep `.grad` as it is.
+gradients of the backward that follows a forward outside `no_sync`, and leave every parameter with the average. The
+executor's `GradientReduce` is told of a gradient the moment it is final. Invariants, each as in stock DDP (torch 2.13):
+hooks count only between a synchronising forward and the end of its reduction; a parameter counts once; without a search
+for unused ones the reduction ends when all are there, be it over several backwards, and the next forward refuses to
+start before; with it, the reduction ends with the backward, locally unused parameters count as zero (or as what they
+accumulated), globally unused ones keep `.grad` as it is.
 
 What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs to a device and
 `join` are not done here: ESTs share parameters, and Lightning moves batches.
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import Function
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .gradients import GradientReduce
+from .layout import DEFAULT_CAP_MB
 
 SyncBuffers = Callable[[list[Tensor]], None]
 
@@ -42,8 +44,7 @@ class ESTDataParallel(nn.Module):
         reduce: the executor's gradient reduction.
         find_unused_parameters: DDP's argument.
         static_graph: DDP's argument; the parameters used in the first iteration are used in all.
-        gradient_as_bucket_view: DDP's argument; accepted because it changes no bits under a communication order:
-            gradients are views of flat buffers after a reduction either way.
+        bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
         sync_buffers: gives the listed buffers the values of EST 0, in place.
 
@@ -61,7 +62,7 @@ class ESTDataParallel(nn.Module):
         reduce: GradientReduce,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
-        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
         sync_buffers: SyncBuffers | None = None,
     ) -> None:
@@ -73,8 +74,8 @@ class ESTDataParallel(nn.Module):
         self.n = n
         self.find_unused_parameters = find_unused_parameters
         self.static_graph = static_graph
-        self.gradient_as_bucket_view = gradient_as_bucket_view
         self.broadcast_buffers = broadcast_buffers
+        self.bucket_bytes_cap = int((bucket_cap_mb or DEFAULT_CAP_MB) * (1 << 20))
         self.require_backward_grad_sync = True
         self.require_forward_param_sync = True
         self._sync_buffers_from_est_0 = sync_buffers
@@ -102,7 +103,9 @@ class ESTDataParallel(nn.Module):
             self._reduce.privatize(self.rank)
         if self.require_forward_param_sync and self.broadcast_buffers:
             self._sync_buffers()
-        output = self.module(*inputs, **kwargs)
+        # `torch.compile` asks which wrapper is at work, and splits graphs as for DDP.
+        with DistributedDataParallel._inside_ddp_forward(self):  # type: ignore[arg-type]
+            output = self.module(*inputs, **kwargs)
         # Read after the module ran: Lightning switches synchronisation off inside forward for manual optimization.
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
             self.require_forward_param_sync = True

@@ -1,4 +1,4 @@
-"""Small training scenarios, run by stock DDP with the ordered hook and by our collector, in the pool's processes."""
+"""Small training scenarios, run by stock DDP and by our collector, in the pool's processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
-from lightning_easyscale.reduction.gradients import TreeGradients
+from lightning_easyscale.reduction.exchange import RingReduction
+from lightning_easyscale.reduction.gradients import GradientReduce
 from lightning_easyscale.reduction.hook import ordered_allreduce_hook
+from lightning_easyscale.reduction.tree_gradients import TreeGradients
 
 STEPS = 5
 CAP_MB = 0.01
@@ -99,8 +102,10 @@ def build(scenario: str) -> Model:
     return Model(scenario)
 
 
-def stock(group: dist.ProcessGroup, rank: int, scenario: str, view: bool = False) -> dict[int, list[str]]:
-    """A stock DDP rank with the ordered hook."""
+def stock(
+    group: dist.ProcessGroup, rank: int, scenario: str, order: str = "tree", view: bool = False
+) -> dict[int, list[str]]:
+    """A stock DDP rank; with the ordered hook for the `tree` order."""
     with warnings.catch_warnings():
         # torch 2.13 renamed `broadcast_buffers` and warns of the old name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -113,18 +118,34 @@ def stock(group: dist.ProcessGroup, rank: int, scenario: str, view: bool = False
             gradient_as_bucket_view=view,
             broadcast_buffers=False,
         )
-    model.register_comm_hook(group, ordered_allreduce_hook)
+    if order == "tree":
+        model.register_comm_hook(group, ordered_allreduce_hook)
     return train(scenario, {rank: model})
 
 
 def collected(
-    group: dist.ProcessGroup, executor: int, scenario: str, placement: tuple[int, ...], private: bool = False
+    group: dist.ProcessGroup,
+    executor: int,
+    scenario: str,
+    placement: tuple[int, ...],
+    order: str = "tree",
+    private: bool = False,
+    view: bool = False,
 ) -> dict[int, list[str]]:
     """The ESTs of one executor, run one after the other."""
-    where = Placement(placement)
-    gradients = TreeGradients(
-        where, executor, group if group.size() > 1 else None, private_gradients=private, bucket_cap_mb=CAP_MB
-    )
+    where, physical = Placement(placement), group if group.size() > 1 else None
+    gradients: GradientReduce
+    if order == "tree":
+        gradients = TreeGradients(where, executor, physical, private_gradients=private, bucket_cap_mb=CAP_MB)
+    else:
+        gradients = BucketGradients(
+            RingReduction(where, executor, physical, where.num_ests),
+            private_gradients=private,
+            bucket_cap_mb=CAP_MB,
+            find_unused_parameters=scenario == "unused",
+            static_graph=scenario == "static",
+            gradient_as_bucket_view=view,
+        )
     workers: dict[int, nn.Module] = {
         rank: ESTDataParallel(
             build(scenario),
