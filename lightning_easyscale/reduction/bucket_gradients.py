@@ -72,13 +72,20 @@ class BucketGradients(GradientReduce):
         self._started: list[tuple[LocalGradients, Finish]] = []
         self._unsure: dict[int, set[int]] = defaultdict(set)
         self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._read: set[int] = set()
         self._views: dict[int, dict[int, weakref.ref[Tensor]]] = defaultdict(dict)
 
     def _prepare(self, parameters: list[Parameter]) -> None:
-        self._use(
-            self.layout or initial_layout(parameters, self._bucket_cap_mb, self._searches, self._static_graph),
-            parameters,
-        )
+        initial = initial_layout(parameters, self._bucket_cap_mb, self._searches, self._static_graph)
+        if self.layout is not None and self.layout.num_parameters != len(parameters):
+            raise ValueError(
+                f"The checkpoint's buckets hold {self.layout.num_parameters} parameters, but {len(parameters)} of this"
+                " model require gradients. HINT: freeze the parameters that were frozen when the saved job started."
+            )
+        if self._static_graph and self.layout == initial:
+            # Saved after the first iteration. (If it was saved later, the same order comes to the same layout again.)
+            self._steps_to_rebuild = 1
+        self._use(self.layout or initial, parameters)
 
     def _use(self, layout: BucketLayout, parameters: list[Parameter]) -> None:
         self._forms = [BucketForm(members, parameters) for members in layout.buckets]
@@ -110,7 +117,7 @@ class BucketGradients(GradientReduce):
         if kept is not None and kept() is grad:
             grad.div_(self.n)
         else:
-            grad.mul_(1.0 / self.n)
+            self._parameters[rank][index].grad = grad.detach() * (1.0 / self.n)
 
     @torch.no_grad()
     def _start(self, number: int) -> None:
@@ -127,8 +134,13 @@ class BucketGradients(GradientReduce):
         if parameter.grad is None:
             return torch.zeros(parameter.numel(), dtype=form.dtype, device=form.device)
         flat = form.flattened(slot, parameter.grad.detach())
-        # What it accumulated stays, if no EST has used it.
-        return flat.clone() if index in self._unsure[rank] and not self._as_view else flat
+        # What it accumulated stays, if no EST has used it; and two gradients of the first EST may lie in one memory,
+        # where one's sum would be read as the other's gradient.
+        if rank == self._ests.start:
+            if flat.data_ptr() in self._read or (index in self._unsure[rank] and not self._as_view):
+                return flat.clone()
+            self._read.add(flat.data_ptr())
+        return flat
 
     def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:
         """See `GradientReduce.finish`."""
@@ -168,6 +180,7 @@ class BucketGradients(GradientReduce):
                         self._parameters[rank][index].grad = None
         self._unsure.clear()
         self._waiting.clear()
+        self._read.clear()
         if self._as_view:
             for rank in self._ests:
                 grads = {i: p.grad for i, p in enumerate(self._parameters[rank]) if p.grad is not None}
@@ -176,8 +189,10 @@ class BucketGradients(GradientReduce):
 
     def _rebuild(self) -> None:
         """Once: the layout that DDP goes over to."""
-        parameters = self._parameters[self._ests.start]
+        if self._steps_to_rebuild == 2:
+            self.layout = BucketLayout(tuple(form.members for form in self._forms))
         if self._steps_to_rebuild == 1:
+            parameters = self._parameters[self._ests.start]
             order = self._share(self._ready_order or [0] * len(parameters))
             self.layout = rebuilt_layout(order, parameters, self._bucket_cap_mb)
             self._use(self.layout, parameters)

@@ -90,9 +90,12 @@ class ESTDataParallel(nn.Module):
         self._used = [False] * total
         self._passes: list[int] | None = None
         self._passes_left = [0] * total
+        self._passed: dict[int, None] = {}
+        # Where DDP listens: after the user's own hooks on a parameter, whenever made, and also to no gradient at all.
+        self._accumulators = [_accumulator(p) for p in self._parameters_in_order]
         handles = [
-            p.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), i))
-            for i, p in enumerate(self._parameters_in_order)
+            accumulator.register_hook(partial(_on_gradient, weakref.ref(self), i))
+            for i, accumulator in enumerate(self._accumulators)
         ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -134,9 +137,21 @@ class ESTDataParallel(nn.Module):
             self._reduce.privatize(self.rank)
             self._expecting = True
 
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """Refused: what a hook does to a bucket would depend on placement.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"The communication hook {getattr(hook, '__qualname__', hook)!r} cannot run: gradients of ESTs are reduced"
+            " in the job's own order. HINT: do without it, or train with stock DDP."
+        )
+
     def remove_hooks(self) -> None:
         """Stop collecting; also done when the wrapper is dropped."""
         self._finalizer()
+        self._accumulators.clear()
 
     @property
     def _first_static_iteration(self) -> bool:
@@ -180,18 +195,28 @@ class ESTDataParallel(nn.Module):
         )
 
     def _gradient_ready(self, index: int) -> None:
-        grad = self._parameters_in_order[index].grad
-        if grad is not None and grad.layout != torch.strided:
-            raise ValueError(
-                f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
-                " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
-            )
-        # Kept through `no_sync`, as DDP does: used once in an accumulation is used.
-        self._used[index] = True
+        parameter = self._parameters_in_order[index]
+        grad = parameter.grad
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
+                    " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
+                )
+            if grad.dtype != parameter.dtype:
+                raise ValueError(
+                    f"The gradient of `{self._names[index]}` is {grad.dtype}, the parameter {parameter.dtype}: DDP"
+                    " cannot reduce it. HINT: leave `grad_dtype` alone, or train without a data-parallel strategy."
+                )
+            # Kept through `no_sync`, as DDP does: used once in an accumulation is used.
+            self._used[index] = True
         if not self._expecting:
             return
         if self._first_static_iteration:
             self._passes_left[index] -= 1
+            # In the order of last passes: that of later iterations, which a resumed job must not wait for.
+            self._passed.pop(index, None)
+            self._passed[index] = None
             self._arm()
             return
         if self._passes is not None:
@@ -235,9 +260,10 @@ class ESTDataParallel(nn.Module):
         if not self._expecting:
             return
         reports = self._searches or self._first_static_iteration
-        for index in range(len(self._names)):
+        for index in (*self._passed, *(i for i in range(len(self._names)) if i not in self._passed)):
             if index not in self._ready:
                 self._deposit(index, used=self._used[index] and reports)
+        self._passed = {}
         if self._first_static_iteration:
             self._passes = [-left for left in self._passes_left]
         if self._passes is not None:
@@ -273,7 +299,15 @@ class _Sink(Function):
         return (None, *grads)
 
 
-def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, _: Tensor) -> None:
+def _accumulator(parameter: nn.Parameter) -> Any:
+    """The node that adds to a parameter's gradient, one and the same as long as somebody holds it."""
+    with torch.enable_grad():
+        made = parameter.view_as(parameter).grad_fn
+    assert made is not None
+    return made.next_functions[0][0]
+
+
+def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, *_: Any) -> None:
     owner = wrapper()
     if owner is not None:
         owner._gradient_ready(index)

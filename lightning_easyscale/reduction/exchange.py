@@ -30,7 +30,7 @@ from .tree import Block, TreeFold, blocks_of, combine
 from .wire import Wire, backend_name
 
 Finish = Callable[[], None]
-"""Waits for a reduction under way and puts what it gave into the `results` of the executor's gradients."""
+"""Ends a reduction: puts the sums into the `results` of the executor's gradients, which nobody else reads by then."""
 
 
 class Reduction(Protocol):
@@ -143,9 +143,7 @@ class RingReduction(_Exchange):
         self._check(index, len(local.pieces))
         form, wire, n = local.form, self._wire, self.n
         if wire is None:
-            for c, chunk in enumerate(ring_chunks(form.numel * form.dtype.itemsize, form.dtype.itemsize, n)):
-                local.fold_into_results([(c - k) % n for k in range(1, n + 1)], chunk)
-            return _nothing
+            return lambda: _fold_all(local, n)
         flat = self._flat(index, form)
         if self._one_est_each() and (n == 2 or backend_name(wire.group, form.device) == "gloo"):
             # Among single ESTs gloo's own all-reduce is the order; for two of them any is, since addition commutes.
@@ -292,16 +290,17 @@ class NativeReduction(_Exchange):
         self._check(index, len(local.pieces))
         in_rank_order = range(len(self.ests))
         if self._wire is None:
-            local.fold_into_results(in_rank_order, local.whole)
-            return _nothing
+            return lambda: local.fold_into_results(in_rank_order, local.whole)
         flat = self._flat(index, local.form)
         local.add(in_rank_order, local.whole, flat)
         pending = Running(self._wire.all_reduce(flat), flat)
         return lambda: local.store(local.whole, pending.wait())
 
 
-def _nothing() -> None:
-    """The results are there already."""
+def _fold_all(local: LocalGradients, n: int) -> None:
+    """The ring order where all ESTs are here."""
+    for c, chunk in enumerate(ring_chunks(local.form.numel * local.form.dtype.itemsize, local.form.dtype.itemsize, n)):
+        local.fold_into_results([(c - k) % n for k in range(1, n + 1)], chunk)
 
 
 def _length(span: slice) -> int:

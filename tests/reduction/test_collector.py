@@ -8,7 +8,7 @@ from .pool import Pool
 from .tasks import compositions
 from .training import STEPS, collected, stock
 
-SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static")
+SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static", "hooked")
 _expected: dict[tuple[int, str, str, bool], dict[int, list[str]]] = {}
 
 
@@ -37,13 +37,13 @@ def test_collected_gradients_equal_stock_ddp_with_the_ordered_hook(
 
 
 @pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "aliased"])
 def test_collected_buckets_equal_stock_ddp(pool: Pool, scenario: str, placement: tuple[int, ...]) -> None:
     got = ours(pool, scenario, placement, order="ddp", private=True)
     assert got == expected(pool, sum(placement), scenario, "ddp")
 
 
-@pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "zeroed", "unused", "static"])
+@pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "zeroed", "unused", "static", "aliased"])
 def test_gradient_as_bucket_view_scales_as_stock_ddp(pool: Pool, scenario: str) -> None:
     got = ours(pool, scenario, (2, 1), order="ddp", private=True, view=True)
     assert got == expected(pool, 3, scenario, "ddp", view=True)

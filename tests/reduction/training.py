@@ -24,6 +24,18 @@ STEPS = 5
 CAP_MB = 0.01
 
 
+class Through(torch.autograd.Function):
+    """Hands on its first input; the second gets no gradient, though it was used."""
+
+    @staticmethod
+    def forward(_: object, x: Tensor, weight: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(_: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
 class Model(nn.Module):
     """Tied, frozen, scalar, channels-last, bf16 and conditionally used parameters."""
 
@@ -41,6 +53,10 @@ class Model(nn.Module):
         self.sometimes = nn.Linear(24, 24)
         self.never = nn.Linear(24, 24)
         self.aside = nn.Linear(24, 2)
+        if scenario == "hooked":
+            self.bypassed = nn.Parameter(torch.ones(300))
+        if scenario == "aliased":
+            self.one, self.other = nn.Parameter(torch.rand(1200)), nn.Parameter(torch.rand(30, 40))
         if scenario not in ("unused", "static"):
             self.never.requires_grad_(False)
         if scenario not in ("unused",):
@@ -50,6 +66,11 @@ class Model(nn.Module):
     def forward(self, x: Tensor, step: int, rank: int) -> tuple[Tensor, Tensor]:
         h = self.norm(self.again(torch.relu(self.tied(self.body(x)))))
         h = self.frozen(h) * self.gain
+        if self.scenario == "hooked":
+            h = Through.apply(h, self.bypassed)
+        if self.scenario == "aliased":
+            # Autograd lets the two gradients be views of one memory.
+            h = h * (self.one.view(-1) + self.other.view(-1)).square().mean()
         if self.scenario == "static":
             h = checkpoint(lambda t: torch.tanh(self.tied(t)), h, use_reentrant=True)
         # One rank only; never at the last step but one; and in accumulation at step 2.
@@ -75,12 +96,18 @@ def digest(module: nn.Module) -> str:
 def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
     """Run the ESTs (or the one rank) of this process one after the other; digests of gradients and parameters."""
     seen: dict[int, list[str]] = {rank: [] for rank in workers}
+    if scenario == "hooked":
+        for rank, model in workers.items():
+            # Made after the wrapper: still heard before it.
+            for p in model.module.body.parameters():  # type: ignore[union-attr]
+                p.register_hook(lambda grad, rank=rank: grad * (1 + rank))
+                p.register_post_accumulate_grad_hook(_shrink)
     for step in range(STEPS):
         accumulating = scenario in ("accumulate", "unused") and step == 2
         for rank, model in workers.items():
             if scenario == "zeroed":
                 model.zero_grad(set_to_none=False)
-            elif scenario in ("plain", "two_backwards", "static") or step % 2 == 0:
+            elif scenario in ("plain", "two_backwards", "static", "hooked", "aliased") or step % 2 == 0:
                 model.zero_grad()
             with model.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
                 main, aside = model(batch(step, rank), step, rank)
@@ -95,6 +122,11 @@ def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
                         if p.grad is not None:
                             p.sub_(p.grad, alpha=1e-3)
     return seen
+
+
+def _shrink(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.7)
 
 
 def build(scenario: str) -> Model:
