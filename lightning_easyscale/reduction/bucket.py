@@ -8,15 +8,18 @@ an element's result depends on its position in the bucket only through the order
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-# On a CPU additions go block by block, so that a partial sum stays in the cache between two of them. Smaller blocks
-# cost more in calls than they save (measured at 11.7 million elements).
-_BLOCK_BYTES = 4 << 20
+# On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
+# more in calls than they save (measured at 11.7 million elements).
+_BLOCK_BYTES = 1 << 20
+
+Segment = tuple[int, int, int]
+"""Part of a member's gradient: its slot, the first element and the one after the last."""
 
 
 class BucketForm:
@@ -36,7 +39,7 @@ class BucketForm:
         self._forms = [
             (p.shape, p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()) for p in own
         ]
-        self._segments: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        self._blocks: dict[tuple[int, int], list[tuple[slice, list[Segment]]]] = {}
 
     @property
     def numel(self) -> int:
@@ -58,27 +61,39 @@ class BucketForm:
     def flattened(self, slot: int, grad: Tensor) -> Tensor:
         """A member's gradient in memory order; in its own memory, unless it is strided unlike its parameter."""
         shape, stride = self._forms[slot]
-        if grad.stride() == stride or all(
-            a == b for a, b, n in zip(grad.stride(), stride, shape, strict=True) if n > 1
-        ):
+        theirs = grad.stride()
+        if theirs == stride or all(a == b for a, b, n in zip(theirs, stride, shape, strict=True) if n > 1):
             return grad.as_strided((grad.numel(),), (1,))
         flat = torch.empty(grad.numel(), dtype=grad.dtype, device=grad.device)
         self.shaped(slot, flat).copy_(grad)
         return flat
 
-    def segments(self, span: slice) -> list[tuple[int, int, int]]:
-        """The parts of members that lie in a span of the buffer: ``(slot, start, stop)`` within each."""
+    def segments(self, span: slice) -> list[Segment]:
+        """The parts of members that lie in a span of the buffer."""
+        found, slot = [], bisect_right(self._bounds, span.start) - 1
+        while slot < len(self._forms) and self._bounds[slot] < span.stop:
+            first, end = self._bounds[slot], self._bounds[slot + 1]
+            start, stop = max(span.start, first) - first, min(span.stop, end) - first
+            if start < stop:
+                found.append((slot, start, stop))
+            slot += 1
+        return found
+
+    def blocks(self, span: slice) -> list[tuple[slice, list[Segment]]]:
+        """The parts of a span that are folded one after the other: many small segments, or a piece of a large one."""
         key = (span.start, span.stop)
-        if key not in self._segments:
-            found, slot = [], bisect_right(self._bounds, span.start) - 1
-            while slot < len(self._forms) and self._bounds[slot] < span.stop:
-                first, end = self._bounds[slot], self._bounds[slot + 1]
-                start, stop = max(span.start, first) - first, min(span.stop, end) - first
-                if start < stop:
-                    found.append((slot, start, stop))
-                slot += 1
-            self._segments[key] = found
-        return self._segments[key]
+        if key not in self._blocks:
+            limit = _BLOCK_BYTES // self.dtype.itemsize if self.device.type == "cpu" else span.stop - span.start
+            found: list[tuple[slice, list[Segment]]] = []
+            for slot, start, stop in self.segments(span):
+                for first in range(start, stop, limit):
+                    end, at = min(first + limit, stop), self._bounds[slot]
+                    if found and at + end - found[-1][0].start <= limit:
+                        found[-1] = (slice(found[-1][0].start, at + end), [*found[-1][1], (slot, first, end)])
+                    else:
+                        found.append((slice(at + first, at + end), [(slot, first, end)]))
+            self._blocks[key] = found
+        return self._blocks[key]
 
 
 class LocalGradients:
@@ -113,47 +128,66 @@ class LocalGradients:
             out: as long as the span.
             onto: `out` holds a partial sum to begin with; else it begins with the first EST's gradient.
         """
-        for block in self.blocks(span):
-            total = out[block.start - span.start : block.stop - span.start]
-            own = None
-            for place, est in enumerate(ests):
-                if place == 0 and not onto:
-                    self._read(est, block, total)
-                    continue
-                own = torch.empty_like(total) if own is None else own
-                torch.add(self._read(est, block, own), total, out=total)
+        for block, segments in self.form.blocks(span):
+            self._fold(ests, segments, out[block.start - span.start : block.stop - span.start], onto=onto)
 
     def fold_into_results(self, ests: Sequence[int], span: slice) -> None:
         """Fold gradients of all local ESTs, in the given order, into the results."""
-        total = None
-        for block in self.blocks(span):
-            length = block.stop - block.start
-            if total is None or total.numel() != length:
-                total = torch.empty(length, dtype=self.form.dtype, device=self.form.device)
-            self.add(ests, block, total)
-            self.store(block, total)
+        blocks = self.form.blocks(span)
+        room = torch.empty(
+            max((b.stop - b.start for b, _ in blocks), default=0), dtype=self.form.dtype, device=self.form.device
+        )
+        for block, segments in blocks:
+            total = room[: block.stop - block.start]
+            if len(segments) > 1:
+                self._fold(ests, segments, total)
+                self._store(segments, total)
+            else:
+                slot, start, stop = segments[0]
+                self._fold(ests, segments, total, last=self.results[slot][start:stop])
 
-    def store(self, span: slice, reduced: Tensor) -> None:
-        """Put a reduced part of the bucket into the results."""
-        segments = self.form.segments(span)
+    def store(self, reduced: Tensor) -> None:
+        """Put the reduced bucket into the results."""
+        self._store(self.form.segments(self.whole), reduced)
+
+    def _store(self, segments: list[Segment], reduced: Tensor) -> None:
         places = [self.results[slot][start:stop] for slot, start, stop in segments]
         torch._foreach_copy_(places, list(reduced.split([stop - start for _, start, stop in segments])))
 
-    def blocks(self, span: slice) -> Iterator[slice]:
-        """The parts of a span that are folded one after the other."""
-        length = span.stop - span.start
-        if self.form.device.type == "cpu":
-            length = _BLOCK_BYTES // self.form.dtype.itemsize
-        for start in range(span.start, span.stop, max(length, 1)):
-            yield slice(start, min(start + length, span.stop))
+    def _fold(
+        self,
+        ests: Sequence[int],
+        segments: list[Segment],
+        total: Tensor,
+        *,
+        onto: bool = False,
+        last: Tensor | None = None,
+    ) -> None:
+        """Fold one block into `total`; the last sum goes to `last`, if that is given."""
+        own = None
+        for place, est in enumerate(ests):
+            final = last is not None and place == len(ests) - 1
+            if place == 0 and not onto:
+                self._read(est, segments, last if final and last is not None else total)
+                continue
+            own = torch.empty_like(total) if own is None else own
+            self._read(est, segments, own)
+            torch.add(own, total, out=last if final else total)
 
-    def _read(self, est: int, span: slice, out: Tensor) -> Tensor:
-        parts = [self.pieces[est][slot][start:stop] for slot, start, stop in self.form.segments(span)]
-        parts = [p if p.device == out.device else p.to(out.device, non_blocking=True) for p in parts]
+    def _read(self, est: int, segments: list[Segment], out: Tensor) -> None:
+        """An EST's gradients in these segments, scaled."""
+        parts = [self.pieces[est][slot][start:stop] for slot, start, stop in segments]
         if len(parts) > 1:
+            parts = [p if p.device == out.device else p.to(out.device, non_blocking=True) for p in parts]
             torch.cat(parts, out=out)
-            return out if self._scale is None else out.mul_(self._scale)
-        return out.copy_(parts[0]) if self._scale is None else torch.mul(parts[0], self._scale, out=out)
+            if self._scale is not None:
+                out.mul_(self._scale)
+        elif self._scale is None or parts[0].device != out.device:
+            out.copy_(parts[0], non_blocking=True)
+            if self._scale is not None:
+                out.mul_(self._scale)
+        else:
+            torch.mul(parts[0], self._scale, out=out)
 
 
 def _is_dense(tensor: Tensor) -> bool:

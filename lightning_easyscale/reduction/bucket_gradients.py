@@ -131,9 +131,10 @@ class BucketGradients(GradientReduce):
         parameter = self._parameters[rank][index]
         if (waiting := self._waiting.get(rank, {}).pop(index, None)) is not None:
             return waiting
-        if parameter.grad is None:
+        grad = parameter.grad
+        if grad is None:
             return torch.zeros(parameter.numel(), dtype=form.dtype, device=form.device)
-        flat = form.flattened(slot, parameter.grad.detach())
+        flat = form.flattened(slot, grad)
         # What it accumulated stays, if no EST has used it; and two gradients of the first EST may lie in one memory,
         # where one's sum would be read as the other's gradient.
         if rank == self._ests.start:

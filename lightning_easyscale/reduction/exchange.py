@@ -151,7 +151,7 @@ class RingReduction(_Exchange):
             pending: Pending = Running(wire.all_reduce(flat), flat)
         else:
             pending = self._lane.submit(lambda: self._ring(wire, local, flat), [flat])
-        return lambda: local.store(local.whole, pending.wait())
+        return lambda: local.store(pending.wait())
 
     def _ring(self, wire: Wire, local: LocalGradients, out: Tensor) -> Tensor:
         bottom, everyone = self.ests.start, list(reversed(range(len(self.ests))))
@@ -294,7 +294,7 @@ class NativeReduction(_Exchange):
         flat = self._flat(index, local.form)
         local.add(in_rank_order, local.whole, flat)
         pending = Running(self._wire.all_reduce(flat), flat)
-        return lambda: local.store(local.whole, pending.wait())
+        return lambda: local.store(pending.wait())
 
 
 def _fold_all(local: LocalGradients, n: int) -> None:
