@@ -16,8 +16,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import _lightning as pl
-from .compatibility import DriftCheck, check_gradients
-from .optimization import LeadState, ShownGradients, follow_lead, reads_before_step, reads_gradients
+from .compatibility import DriftCheck
+from .optimization import (
+    LeadState,
+    ShownGradients,
+    clip_where_gradients_are,
+    follow_lead,
+    reads_before_step,
+    reads_gradients,
+)
 from .reduction.collector import ESTDataParallel
 from .runtime.writes import has_compiled
 
@@ -147,14 +154,16 @@ class ModelStrategy(DDPStrategy):
     def _private_gradients(self) -> bool:
         """Whether every EST needs reduced gradients of its own, not those of the lead after the update."""
         options = self._ddp_kwargs
-        scaled = getattr(self.precision_plugin, "scaler", None) is not None
+        plugin = self.precision_plugin
+        # A plugin of the user's own may do anything with them.
+        touched = getattr(plugin, "scaler", None) is not None or not type(plugin).__module__.startswith("lightning.")
         unusual = (
             options["find_unused_parameters"]
             or options["static_graph"]
             or options["gradient_as_bucket_view"]
             or self.resolved_reduction == "tree"
         )
-        return scaled or unusual or reads_gradients(self.lightning_module)
+        return touched or unusual or reads_gradients(self.lightning_module)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -181,7 +190,6 @@ class ModelStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create optimizers; only the lead's step."""
         assert self.lightning_module is not None
-        check_gradients(self.lightning_module)
         drift = DriftCheck(self.lightning_module)
         super().setup_optimizers(trainer)
         assert self.session is not None
@@ -197,6 +205,7 @@ class ModelStrategy(DDPStrategy):
                 shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
                 reduced = shown.keep if self.is_lead else shown.show
                 self._shown = None if self.is_lead else shown
+            clip_where_gradients_are(self.precision_plugin, has_gradients=self._shown is None)
             for index, optimizer in enumerate(self.optimizers):
                 follow_lead(
                     optimizer,
