@@ -119,7 +119,7 @@ class Checkpointing:
         )
         if not strategy.is_global_zero:
             return
-        layout = session.exchange.layout if session.exchange is not None else None
+        layout = session.gradients.layout if session.gradients is not None else None
         checkpoint[ckpt.KEY] = {
             "format": ckpt.FORMAT,
             "job": strategy.identity.to_state(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn import Embedding, EmbeddingBag, Module
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from .determinism import check_conflicts
@@ -51,20 +51,6 @@ def check_module(module: Module) -> None:
             raise ValueError(
                 f"the parameter `{name}` is a `DTensor` of {parameter.device_mesh}, and `strategy='easyscale'` is data"
                 " parallel: it needs whole parameters. HINT: pass the module before it is sharded."
-            )
-
-
-def check_gradients(module: Module) -> None:
-    """Refuse a module whose gradients have no order of addition.
-
-    Raises:
-        ValueError: naming the part.
-    """
-    for name, part in module.named_modules():
-        if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse and part.weight.requires_grad:
-            raise ValueError(
-                f"`{name or 'the module'}` has `sparse=True`: sums of sparse gradients have no order that does not"
-                " depend on the placement. HINT: build it with `sparse=False`; the optimizer is then a dense one."
             )
 
 

@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 
 from . import _lightning as pl
-from .compatibility import DriftCheck, check_gradients
-from .optimization import LeadState, ShownGradients, follow_lead, reads_before_step, reads_gradients
+from .compatibility import DriftCheck
+from .optimization import (
+    LeadState,
+    ShownGradients,
+    clip_where_gradients_are,
+    follow_lead,
+    reads_before_step,
+    reads_gradients,
+)
 from .reduction.collector import ESTDataParallel
 from .runtime.writes import has_compiled
 
@@ -131,47 +137,38 @@ class ModelStrategy(DDPStrategy):
     def _setup_model(self, model: Module) -> Any:
         session, options = self.session, self._ddp_kwargs
         assert session is not None
+        pl.sync_module_states(model)
+        private = self._private_gradients
         if self.resolved_reduction == "tree":
-            pl.sync_module_states(model)
             private = reads_before_step(self.lightning_module) or hasattr(self.precision_plugin, "scaler")
-            return session.wrap_in_tree(
-                self.global_rank, model, options, private_gradients=private, offload=self._gradient_offload
-            )
-        private = len(session.ests) > 1 and self._private_gradients
-        group = session.gradient_group(self.global_rank)
-        # Nobody looks at the buckets of an EST that is not the lead, so they need not be copied into gradients.
-        views = options["gradient_as_bucket_view"] or not (private or self.is_lead)
-        # On the current stream, unlike Lightning 2.6: DDP's hooks fill buckets on the stream it was made on. With one
-        # per EST, nothing would order an EST's buckets before the reduction that another EST starts.
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=self.determine_ddp_device_ids(),
-            process_group=group,
-            **{**options, "gradient_as_bucket_view": views},
-        )
-        session.collect_gradients(
+        return session.wrap(
             self.global_rank,
-            wrapped,
-            group,
-            saved_layout=self.checkpointing.saved_layout,
-            bucket_cap_mb=options["bucket_cap_mb"],
-            rebuilds=options["static_graph"] or not options["find_unused_parameters"],
+            model,
+            options,
             private_gradients=private,
+            offload=self._gradient_offload,
+            saved_layout=self.checkpointing.saved_layout,
         )
-        return wrapped
 
     @property
     def _private_gradients(self) -> bool:
-        """Whether every EST needs reduced gradients of its own, under an order that is collected by DDP."""
+        """Whether every EST needs reduced gradients of its own, not those of the lead after the update."""
         options = self._ddp_kwargs
-        scaled = getattr(self.precision_plugin, "scaler", None) is not None
-        unusual = options["find_unused_parameters"] or options["static_graph"] or self.resolved_reduction == "tree"
-        return scaled or unusual or reads_gradients(self.lightning_module)
+        plugin = self.precision_plugin
+        # A plugin of the user's own may do anything with them.
+        touched = getattr(plugin, "scaler", None) is not None or not type(plugin).__module__.startswith("lightning.")
+        unusual = (
+            options["find_unused_parameters"]
+            or options["static_graph"]
+            or options["gradient_as_bucket_view"]
+            or self.resolved_reduction == "tree"
+        )
+        return touched or unusual or reads_gradients(self.lightning_module)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Accumulate gradients without reducing them."""
-        if isinstance(self.model, (DistributedDataParallel, ESTDataParallel)):
+        if isinstance(self.model, ESTDataParallel):
             with self.model.no_sync():
                 yield
         else:
@@ -193,7 +190,6 @@ class ModelStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Create optimizers; only the lead's step."""
         assert self.lightning_module is not None
-        check_gradients(self.lightning_module)
         drift = DriftCheck(self.lightning_module)
         super().setup_optimizers(trainer)
         assert self.session is not None
@@ -209,6 +205,7 @@ class ModelStrategy(DDPStrategy):
                 shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
                 reduced = shown.keep if self.is_lead else shown.show
                 self._shown = None if self.is_lead else shown
+            clip_where_gradients_are(self.precision_plugin, has_gradients=self._shown is None)
             for index, optimizer in enumerate(self.optimizers):
                 follow_lead(
                     optimizer,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn import Module
@@ -95,10 +96,21 @@ class ShownGradients:
             parameter.grad = grad
 
     def part(self) -> None:
-        """Before a backward: what accumulates must be the EST's own, and no view of a bucket, which is scaled anew."""
+        """Before a backward: what accumulates must be the EST's own."""
         for _, parameter in self._lasting:
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
+
+
+def clip_where_gradients_are(precision: Precision, *, has_gradients: bool) -> None:
+    """Let an EST whose gradients are the lead's leave their clipping to the lead."""
+    vars(precision).pop("clip_gradients", None)
+    if not has_gradients:
+        precision.clip_gradients = _clip_nothing  # type: ignore[method-assign]
+
+
+def _clip_nothing(*_: Any, **__: Any) -> None:
+    """The lead clips."""
 
 
 class LeadState(MutableMapping[Any, Any]):

@@ -20,7 +20,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from . import _lightning as pl
@@ -30,9 +29,9 @@ from .elastic.events import report
 from .elastic.replication import Replication
 from .elastic.snapshots import SnapshotWriter
 from .placement import Placement
+from .reduction.build import collect_gradients
 from .reduction.collector import ESTDataParallel
-from .reduction.exchange import NativeReduction, Reduction, RingReduction, TreeReduction
-from .reduction.gradients import TreeGradients
+from .reduction.gradients import GradientReduce
 from .reduction.layout import BucketLayout
 from .reduction.orders import ring_fold
 from .reduction.tree import Offload
@@ -41,7 +40,6 @@ from .runtime.channel import Channel
 from .runtime.context import ESTContext
 from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
-from .runtime.gradients import GradientExchange, GradientGroup
 from .runtime.heap import share_heap
 from .runtime.kinship import Kinship
 from .runtime.peers import Peers
@@ -113,9 +111,7 @@ class Session:
         self.pools = WorkerPools()
         self._local_sequence = dict.fromkeys(self.ests, 0)
         self._gradient_steps = dict.fromkeys(self.ests, 0)
-        self._wrappers = dict.fromkeys(self.ests, 0)
-        self.exchange: GradientExchange | None = None
-        self._tree: TreeGradients | None = None
+        self.gradients: GradientReduce | None = None
         self.running = False
         self.calls = 0
         self.leaving: set[int] = set()
@@ -133,76 +129,48 @@ class Session:
         context = self.contexts[rank]
         return Member(rank, context.environment, context.on_enter, partial(self.executor.let_others_run, rank))
 
-    def gradient_group(self, rank: int) -> GradientGroup:
-        """A group over the world for an EST's next DDP wrapper."""
-        wrappers = self._wrappers[rank] = self._wrappers[rank] + 1
-        if rank == self.lead:
-            self._gradient_channel = self.channel.duplicate(f"{self.channel.name}.gradients{wrappers}")
-        channel, world = self._gradient_channel, self.worlds[rank]
-        group = GradientGroup(rank, channel, world)
-        world.add(group, channel.name, channel.ranks, world.pg_map[self.groups[rank]][0])
-        return group
-
-    def collect_gradients(
+    def wrap(
         self,
         rank: int,
-        wrapped: DistributedDataParallel,
-        group: GradientGroup,
+        module: Module,
+        options: dict[str, Any],
         *,
-        saved_layout: BucketLayout | None,
-        bucket_cap_mb: float | None,
-        rebuilds: bool,
         private_gradients: bool,
-    ) -> None:
-        """Collect the gradients of an EST's wrapped module; the lead comes first and starts a new exchange."""
-        if rank == self.lead:
-            self.exchange = GradientExchange(
-                self.channel,
-                self._make_reduction(),
-                saved_layout=saved_layout,
-                bucket_cap_mb=bucket_cap_mb,
-                rebuilds=rebuilds,
-                private_gradients=private_gradients,
-            )
-        assert self.exchange is not None
-        self.exchange.attach(wrapped, group)
-
-    def wrap_in_tree(
-        self, rank: int, module: Module, options: dict[str, Any], *, private_gradients: bool, offload: Offload
+        offload: Offload,
+        saved_layout: BucketLayout | None,
     ) -> ESTDataParallel:
-        """Wrap an EST's module so that its gradients are folded in the ``tree`` order as they are produced.
+        """Wrap an EST's module so that its gradients are reduced over all ESTs in the job's order.
 
         Args:
             rank: the EST; the lead comes first and starts a new collection.
             module: its module.
             options: DDP's arguments.
             private_gradients: whether user code may see or change an EST's reduced gradients.
-            offload: where partial sums wait.
+            offload: where gradients or their partial sums wait.
+            saved_layout: the bucket layout of the checkpoint that is resumed, if any.
         """
         group = self.groups[rank]
         if rank == self.lead:
-            self.exchange = None
-            self._tree = TreeGradients(
+            self.gradients = collect_gradients(
+                self.reduction,
                 self.placement,
                 self.peers.index,
                 self.peers.data,
+                options,
                 private_gradients=private_gradients,
                 offload=offload,
-                bucket_cap_mb=options["bucket_cap_mb"],
+                saved_layout=saved_layout,
                 rendezvous=self._meet_for_gradients,
                 in_turn=self._wait_for_turn,
             )
-        assert self._tree is not None
+        assert self.gradients is not None
         return ESTDataParallel(
             module,
             rank=rank,
             n=self.placement.num_ests,
-            reduce=self._tree,
-            find_unused_parameters=options["find_unused_parameters"],
-            static_graph=options["static_graph"],
-            gradient_as_bucket_view=options["gradient_as_bucket_view"],
-            broadcast_buffers=options.get("broadcast_buffers", True),
+            reduce=self.gradients,
             sync_buffers=lambda buffers: dist._broadcast_coalesced(group, buffers, _BROADCAST_BYTES, 0),
+            **{name: value for name, value in options.items() if name != "gradient_as_bucket_view"},
         )
 
     def _wait_for_turn(self, rank: int) -> None:
@@ -289,10 +257,8 @@ class Session:
 
     def _close_communication(self) -> None:
         """End communication threads; the next step would begin new ones."""
-        if self.exchange is not None:
-            self.exchange.close()
-        if self._tree is not None:
-            self._tree.close()
+        if self.gradients is not None:
+            self.gradients.close()
 
     def meet_locally(self, rank: int, tag: str) -> None:
         """Wait for the other ESTs of this executor; nothing crosses executors."""
@@ -369,14 +335,6 @@ class Session:
 
         devices = [device] if device.type == "cuda" else []
         return ESTContext(rank, Generators(devices), variables, on_enter=on_enter, alone=len(self.ests) == 1)
-
-    def _make_reduction(self) -> Reduction:
-        kinds: dict[str, Callable[..., Reduction]] = {
-            "ddp": RingReduction,
-            "tree": TreeReduction,
-            "native": NativeReduction,
-        }
-        return kinds[self.reduction](self.placement, self.peers.index, self.peers.data, self.placement.num_ests)
 
 
 class Turns:

@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
@@ -23,23 +22,22 @@ from . import _lightning as pl
 from . import determinism as det
 from . import kernels
 from .accelerator import device_types_of, devices_for_workers
-from .checkpoint import JobIdentity, seal
-from .checkpointing import Checkpointing, EasyScaleCheckpointIO
+from .checkpoint import JobIdentity
+from .checkpoint_strategy import CheckpointStrategy
+from .checkpointing import Checkpointing
 from .compatibility import check_trainer, refuse_in_pytorch_lightning
 from .devices import DeviceType, d2_policy, pinned_environment
 from .elastic.events import EVENTS_VARIABLE, report, report_step
 from .environment import ensure_environment
 from .execution import Execution
 from .launcher import EasyScaleLauncher, EasyScaleSpawnLauncher
-from .model_strategy import ModelStrategy
 from .placement import Placement
-from .snapshot import ESTState
-from .stopping import Boundaries, shield_workers
+from .stopping import Boundaries
 from .topology import Topology, find_topology, started_by_agent
 from .virtual_environment import VirtualEnvironment
 
 
-class EasyScaleStrategy(ModelStrategy):
+class EasyScaleStrategy(CheckpointStrategy):
     """Data-parallel training of `num_ests` logical workers, bit for bit like stock DDP with as many devices.
 
     Args:
@@ -53,7 +51,8 @@ class EasyScaleStrategy(ModelStrategy):
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast, and the
             split is as even as possible.
-        gradient_offload: ``"host"`` keeps partial sums of the ``tree`` order in pinned host memory.
+        gradient_offload: ``"host"`` keeps what waits for the last EST in pinned host memory: partial sums under the
+            ``tree`` order, else gradients.
         process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -332,20 +331,7 @@ class EasyScaleStrategy(ModelStrategy):
             if self.session is not None and self.global_rank not in self.session.leaving:
                 self.boundaries.starting_up()
 
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """Ours, which commits atomically and verifies, unless the user gave another."""
-        if self._checkpoint_io is None:
-            self._checkpoint_io = EasyScaleCheckpointIO()
-        elif isinstance(self._checkpoint_io, AsyncCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = EasyScaleCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO | None) -> None:
-        self._checkpoint_io = io
-
+    # -- what is told of the job -----------------------------------------------------------------------------------
     @property
     def identity(self) -> JobIdentity:
         """What a checkpoint and the job that resumes it must share."""
@@ -363,38 +349,6 @@ class EasyScaleStrategy(ModelStrategy):
         if not self.level.heterogeneous:
             return ""
         return f"portable {kernels.FORMAT_VERSION}" if self.policy == "portable" else "pinned"
-
-    def est_state(self) -> ESTState:
-        """What this EST saves and restores beyond a Lightning checkpoint."""
-        assert self.session is not None
-        assert self.lightning_module is not None
-        generators = self.session.contexts[self.global_rank].generators
-        return ESTState(self.lightning_module.trainer, generators, self.checkpointing.follower)
-
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Follow the position of training loaders; let all loaders share workers, which outlive stop signals."""
-        shield_workers(dataloader, self.global_rank)
-        module, follower = self.lightning_module, self.checkpointing.follower
-        if module is not None and module.trainer.training:
-            follower.attach(dataloader)
-        else:
-            follower.share(dataloader)
-        return dataloader
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a Lightning checkpoint with every EST's state in its ``easyscale`` entry."""
-        # Without a session the ESTs lived in processes that have ended (`start_method="spawn"`).
-        stopped = self.session is not None and self.global_rank in self.session.leaving
-        if "optimizer_states" in checkpoint and self.session is not None and not stopped:
-            self.checkpointing.note_written(filepath)
-            self.checkpointing.complete(checkpoint)
-            if self.is_global_zero:
-                seal(checkpoint)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; a `fit` that resumes it must be the same job."""
-        return self.checkpointing.load(checkpoint_path, weights_only)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step, and let a supervisor know how far the job is."""
@@ -420,10 +374,6 @@ class EasyScaleStrategy(ModelStrategy):
                 step=pl.steps_done(self.lightning_module),
             )
         super().on_exception(exception)
-
-    def on_train_start(self) -> None:
-        """Restore what is the EST's own."""
-        self.checkpointing.resume()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -107,7 +107,7 @@ GLUE = {
     "strategy.py",
 }
 GLUE |= {"execution.py", "_lightning_loggers.py", "_lightning_loops.py", "stopping.py"}
-GLUE |= {"model_strategy.py", "optimization.py", "session.py", "virtual_environment.py"}
+GLUE |= {"checkpoint_strategy.py", "model_strategy.py", "optimization.py", "session.py", "virtual_environment.py"}
 
 
 def lightning_imports(path):

@@ -16,31 +16,25 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .console import say
 from .control import FOLDER_VARIABLE, JobFolder, answer, receive
 from .events import EVENTS_VARIABLE, EventReader, read_step, report_to, step_file
 from .group import Devices, ExecutorGroup
 from .membership import WORLD_VARIABLE
 from .move import Move
 from .notice import STOPPED
+from .resizing import why_no_resize
 from .restarts import RestartPolicy
 from .signals import SignalQueue
 from .stage import Stage
 
 _TICK = 0.1  # seconds between looks at executors, when nothing wakes the supervisor
-
-
-def say(text: str) -> None:
-    """Print a line with the time of day, beside the output of the executors."""
-    now = time.time()
-    clock = time.strftime("%H:%M:%S", time.localtime(now))
-    print(f"easyscale {clock}.{int(now % 1 * 1000):03d} | {text}", file=sys.stderr, flush=True)
 
 
 class Supervisor:
@@ -323,15 +317,9 @@ class Supervisor:
     def _on_status(self, _: dict[str, Any]) -> dict[str, Any]:
         assert self._stage is not None
         return {
+            **self._facts(),
             "state": self._phase,
-            "pid": os.getpid(),
-            "devices": str(self.devices),
             "count": self.devices.count,
-            "num_ests": self.num_ests,
-            "step": read_step(self.folder.events),
-            "restarts": self._restarts,
-            "steps_redone": self._steps_redone,
-            "stages": self._stages,
             "executors": self._stage.group.pids,
             "checkpoint": self.folder.newest_checkpoint(),
         }
@@ -341,21 +329,15 @@ class Supervisor:
             devices = Devices.parse(str(request.get("devices")))
         except (ValueError, RuntimeError) as error:
             return {"error": str(error)}
-        if self._stop or self._trained:
-            why = "training has ended" if self._trained else "the job is stopping"
-            return {"error": f"{why}: it takes no other devices."}
-        if self._next is not None or self._phase == "starting":
-            target = self._next or self.devices
-            return {"error": f"the job is on its way to {target} already. HINT: wait for its first step there."}
-        if self._phase == "stopping":
-            return {"error": "an executor was told to end and the job is saving. HINT: resize after its next step."}
-        if self.num_ests is not None and devices.count > self.num_ests:
-            return {
-                "error": f"`--devices {request['devices']}` is {devices.count} devices for {self.num_ests} ESTs: every"
-                f" device needs at least one. HINT: resize to at most {self.num_ests}."
-            }
-        if devices == self.devices:
-            return {"error": f"the job runs on {devices} already."}
+        why = why_no_resize(
+            devices,
+            running=self.devices,
+            target=self._next,
+            phase="ending" if self._trained else "stopping for good" if self._stop else self._phase,
+            num_ests=self.num_ests,
+        )
+        if why is not None:
+            return {"error": why}
         self._tell(f"resize: {self.devices} -> {devices}")
         self._next = devices
         if self._in_place and devices.shared_with(self.devices):
@@ -393,18 +375,18 @@ class Supervisor:
             self._begin_stop(signal.Signals(number).name)
 
     def _write_state(self, state: str, code: int | None) -> None:
-        self.folder.write_state(
-            state=state,
-            code=code,
-            pid=os.getpid(),
-            devices=str(self.devices),
-            num_ests=self.num_ests,
-            step=read_step(self.folder.events),
-            restarts=self._restarts,
-            stages=self._stages,
-            steps_redone=self._steps_redone,
-            command=self.command,
-        )
+        self.folder.write_state(state=state, code=code, command=self.command, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "devices": str(self.devices),
+            "num_ests": self.num_ests,
+            "step": read_step(self.folder.events),
+            "restarts": self._restarts,
+            "steps_redone": self._steps_redone,
+            "stages": self._stages,
+        }
 
 
 class _AtOnce(Exception):

@@ -1,12 +1,12 @@
-"""The module wrapper of one EST under the `tree` order: DistributedDataParallel's contract without its Reducer.
+"""The module wrapper of one EST: DistributedDataParallel's contract without its Reducer.
 
 It mirrors what `DistributedDataParallel` does for a training loop: synchronise buffers before forward, collect the
-gradients of the backward that follows a forward outside `no_sync`, and leave every parameter with the average. A
-gradient goes to the executor's `GradientReduce` the moment it is final, which folds and frees it. Invariants, each as
-in stock DDP (torch 2.13): hooks count only between a synchronising forward and the end of its reduction; a parameter
-counts once; without a search for unused ones the reduction ends when all are there, be it over several backwards, and
-the next forward refuses to start before; with it, the reduction ends with the backward, locally unused parameters count
-as zero (or as what they accumulated), globally unused ones keep `.grad` as it is.
+gradients of the backward that follows a forward outside `no_sync`, and leave every parameter with the average. The
+executor's `GradientReduce` is told of a gradient the moment it is final. Invariants, each as in stock DDP (torch 2.13):
+hooks count only between a synchronising forward and the end of its reduction; a parameter counts once; without a search
+for unused ones the reduction ends when all are there, be it over several backwards, and the next forward refuses to
+start before; with it, the reduction ends with the backward, locally unused parameters count as zero (or as what they
+accumulated), globally unused ones keep `.grad` as it is.
 
 What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs to a device and
 `join` are not done here: ESTs share parameters, and Lightning moves batches.
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import Function
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .gradients import GradientReduce
+from .layout import DEFAULT_CAP_MB
 
 SyncBuffers = Callable[[list[Tensor]], None]
 
@@ -42,8 +44,7 @@ class ESTDataParallel(nn.Module):
         reduce: the executor's gradient reduction.
         find_unused_parameters: DDP's argument.
         static_graph: DDP's argument; the parameters used in the first iteration are used in all.
-        gradient_as_bucket_view: DDP's argument; accepted because it changes no bits under a communication order:
-            gradients are views of flat buffers after a reduction either way.
+        bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
         sync_buffers: gives the listed buffers the values of EST 0, in place.
 
@@ -61,7 +62,7 @@ class ESTDataParallel(nn.Module):
         reduce: GradientReduce,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
-        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
         sync_buffers: SyncBuffers | None = None,
     ) -> None:
@@ -73,8 +74,8 @@ class ESTDataParallel(nn.Module):
         self.n = n
         self.find_unused_parameters = find_unused_parameters
         self.static_graph = static_graph
-        self.gradient_as_bucket_view = gradient_as_bucket_view
         self.broadcast_buffers = broadcast_buffers
+        self.bucket_bytes_cap = int((bucket_cap_mb or DEFAULT_CAP_MB) * (1 << 20))
         self.require_backward_grad_sync = True
         self.require_forward_param_sync = True
         self._sync_buffers_from_est_0 = sync_buffers
@@ -89,9 +90,12 @@ class ESTDataParallel(nn.Module):
         self._used = [False] * total
         self._passes: list[int] | None = None
         self._passes_left = [0] * total
+        self._passed: dict[int, None] = {}
+        # Where DDP listens: after the user's own hooks on a parameter, whenever made, and also to no gradient at all.
+        self._accumulators = [_accumulator(p) for p in self._parameters_in_order]
         handles = [
-            p.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), i))
-            for i, p in enumerate(self._parameters_in_order)
+            accumulator.register_hook(partial(_on_gradient, weakref.ref(self), i))
+            for i, accumulator in enumerate(self._accumulators)
         ]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
@@ -102,7 +106,9 @@ class ESTDataParallel(nn.Module):
             self._reduce.privatize(self.rank)
         if self.require_forward_param_sync and self.broadcast_buffers:
             self._sync_buffers()
-        output = self.module(*inputs, **kwargs)
+        # `torch.compile` asks which wrapper is at work, and splits graphs as for DDP.
+        with DistributedDataParallel._inside_ddp_forward(self):  # type: ignore[arg-type]
+            output = self.module(*inputs, **kwargs)
         # Read after the module ran: Lightning switches synchronisation off inside forward for manual optimization.
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
             self.require_forward_param_sync = True
@@ -131,9 +137,21 @@ class ESTDataParallel(nn.Module):
             self._reduce.privatize(self.rank)
             self._expecting = True
 
+    def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
+        """Refused: what a hook does to a bucket would depend on placement.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"The communication hook {getattr(hook, '__qualname__', hook)!r} cannot run: gradients of ESTs are reduced"
+            " in the job's own order. HINT: do without it, or train with stock DDP."
+        )
+
     def remove_hooks(self) -> None:
         """Stop collecting; also done when the wrapper is dropped."""
         self._finalizer()
+        self._accumulators.clear()
 
     @property
     def _first_static_iteration(self) -> bool:
@@ -177,18 +195,28 @@ class ESTDataParallel(nn.Module):
         )
 
     def _gradient_ready(self, index: int) -> None:
-        grad = self._parameters_in_order[index].grad
-        if grad is not None and grad.layout != torch.strided:
-            raise ValueError(
-                f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
-                " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
-            )
-        # Kept through `no_sync`, as DDP does: used once in an accumulation is used.
-        self._used[index] = True
+        parameter = self._parameters_in_order[index]
+        grad = parameter.grad
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise ValueError(
+                    f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
+                    " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
+                )
+            if grad.dtype != parameter.dtype:
+                raise ValueError(
+                    f"The gradient of `{self._names[index]}` is {grad.dtype}, the parameter {parameter.dtype}: DDP"
+                    " cannot reduce it. HINT: leave `grad_dtype` alone, or train without a data-parallel strategy."
+                )
+            # Kept through `no_sync`, as DDP does: used once in an accumulation is used.
+            self._used[index] = True
         if not self._expecting:
             return
         if self._first_static_iteration:
             self._passes_left[index] -= 1
+            # In the order of last passes: that of later iterations, which a resumed job must not wait for.
+            self._passed.pop(index, None)
+            self._passed[index] = None
             self._arm()
             return
         if self._passes is not None:
@@ -232,9 +260,10 @@ class ESTDataParallel(nn.Module):
         if not self._expecting:
             return
         reports = self._searches or self._first_static_iteration
-        for index in range(len(self._names)):
+        for index in (*self._passed, *(i for i in range(len(self._names)) if i not in self._passed)):
             if index not in self._ready:
                 self._deposit(index, used=self._used[index] and reports)
+        self._passed = {}
         if self._first_static_iteration:
             self._passes = [-left for left in self._passes_left]
         if self._passes is not None:
@@ -270,7 +299,15 @@ class _Sink(Function):
         return (None, *grads)
 
 
-def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, _: Tensor) -> None:
+def _accumulator(parameter: nn.Parameter) -> Any:
+    """The node that adds to a parameter's gradient, one and the same as long as somebody holds it."""
+    with torch.enable_grad():
+        made = parameter.view_as(parameter).grad_fn
+    assert made is not None
+    return made.next_functions[0][0]
+
+
+def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, *_: Any) -> None:
     owner = wrapper()
     if owner is not None:
         owner._gradient_ready(index)

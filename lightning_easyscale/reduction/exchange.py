@@ -1,9 +1,8 @@
 """Reduction of one flat gradient bucket over all ESTs, wherever they run.
 
-Every executor calls `start` with its own ESTs' flats, for the same buckets in the same order on all executors, and
-`wait` later. Inputs were already multiplied by 1/N and belong to the reduction from `start` on. Invariant of
-`RingReduction` and `TreeReduction`: the result is `ring_fold` or `tree_fold` of all N flats, bit for bit, for every
-placement. `NativeReduction` (level D0) promises only what the backend promises.
+Every executor calls `start` with its own ESTs' gradients, for the same buckets in the same order on all executors, and
+waits later. Invariant of `RingReduction` and `TreeReduction`: the result is `ring_fold` or `tree_fold` of all N scaled
+gradients, bit for bit, for every placement. `NativeReduction` (level D0) promises only what the backend promises.
 
 Bytes sent for a bucket of T bytes. In the ring order chunk c is a chain ``c-1, c-2, ..., c`` of ranks, and a run of
 ranks can be folded ahead of the others only where it *starts* the chain; a run in the middle needs the partial sum
@@ -16,6 +15,7 @@ the number of its ESTs. In the tree order every executor sends its aligned block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,29 +23,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..placement import Placement
+from .bucket import BucketForm, LocalGradients
 from .lane import Lane, Pending, Running
-from .orders import check_parts, ring_chunks, ring_fold
+from .orders import check_parts, ring_chunks
 from .tree import Block, TreeFold, blocks_of, combine
 from .wire import Wire, backend_name
+
+Finish = Callable[[], None]
+"""Ends a reduction: puts the sums into the `results` of the executor's gradients, which nobody else reads by then."""
 
 
 class Reduction(Protocol):
     """What the collection of gradients needs to know of a reduction."""
 
-    def start(self, index: int, local: list[Tensor]) -> Pending:
+    n: int
+    ests: range
+
+    def start(self, index: int, local: LocalGradients) -> Finish:
         """Begin to reduce bucket `index`.
 
         Args:
-            index: the bucket, for messages; buckets start in the same order on all executors.
-            local: one flat tensor per EST of this executor, in rank order, multiplied by 1/N. They may wait in host
-                memory as long as the last one is on the device. Their memory is overwritten; the result usually lies
-                in that of ``local[0]``.
-
-        Returns:
-            The pending result, on the device of ``local[-1]``.
+            index: the bucket; buckets start in the same order on all executors.
+            local: the gradients of this executor's ESTs, which nobody writes to until the returned function was called.
 
         Raises:
-            ValueError: if their number, type or length is wrong or one is sparse.
+            ValueError: if their number is wrong.
         """
 
     def share(self, flags: Tensor) -> Pending:
@@ -77,6 +79,7 @@ class _Exchange:
         self._wire = Wire(group) if group is not None and size > 1 else None
         self._lane = Lane(None if self._wire is None else group)
         self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._flats: dict[int, Tensor] = {}
 
     def share(self, flags: Tensor) -> Pending:
         """See `Reduction.share`."""
@@ -97,13 +100,12 @@ class _Exchange:
         """See `Reduction.close`."""
         self._lane.close()
 
-    def _check(self, index: int, local: list[Tensor]) -> None:
-        if len(local) != len(self.ests):
+    def _check(self, index: int, count: int) -> None:
+        if count != len(self.ests):
             raise ValueError(
-                f"`local` of bucket {index} holds {len(local)} tensors, but this executor hosts {len(self.ests)} ESTs."
-                " HINT: pass one flat tensor per local EST, in rank order."
+                f"`local` of bucket {index} holds the gradients of {count} ESTs, but this executor hosts"
+                f" {len(self.ests)}. HINT: pass those of every local EST, in rank order."
             )
-        check_parts(local)
 
     def _one_est_each(self) -> bool:
         return self._wire is not None and self.placement.num_executors == self.n
@@ -114,6 +116,13 @@ class _Exchange:
         if key not in self._scratch or self._scratch[key].numel() < numel:
             self._scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return self._scratch[key][:numel]
+
+    def _flat(self, index: int, form: BucketForm) -> Tensor:
+        """The flat buffer of a bucket, kept between steps: its pages would be new to the process every time."""
+        flat = self._flats.get(index)
+        if flat is None or (flat.numel(), flat.dtype, flat.device) != (form.numel, form.dtype, form.device):
+            flat = self._flats[index] = torch.empty(form.numel, dtype=form.dtype, device=form.device)
+        return flat
 
 
 class RingReduction(_Exchange):
@@ -129,50 +138,54 @@ class RingReduction(_Exchange):
         ValueError: if the arguments contradict each other.
     """
 
-    def start(self, index: int, local: list[Tensor]) -> Pending:
+    def start(self, index: int, local: LocalGradients) -> Finish:
         """See `Reduction.start`."""
-        self._check(index, local)
-        wire = self._wire
+        self._check(index, len(local.pieces))
+        form, wire, n = local.form, self._wire, self.n
         if wire is None:
-            return self._lane.submit(lambda: ring_fold(local, consume=True), local)
-        if self._one_est_each() and (self.n == 2 or backend_name(wire.group, local[-1].device) == "gloo"):
+            return lambda: _fold_all(local, n)
+        flat = self._flat(index, form)
+        if self._one_est_each() and (n == 2 or backend_name(wire.group, form.device) == "gloo"):
             # Among single ESTs gloo's own all-reduce is the order; for two of them any is, since addition commutes.
-            return Running(wire.all_reduce(local[0]), local[0])
-        return self._lane.submit(lambda: self._ring(wire, local), local)
+            local.add([0], local.whole, flat)
+            pending: Pending = Running(wire.all_reduce(flat), flat)
+        else:
+            pending = self._lane.submit(lambda: self._ring(wire, local, flat), [flat])
+        return lambda: local.store(pending.wait())
 
-    def _ring(self, wire: Wire, local: list[Tensor]) -> Tensor:
-        last, bottom = local[-1], self.ests.start
-        offloaded = any(part.device != last.device for part in local)
-        chunks = ring_chunks(last.numel() * last.element_size(), last.element_size(), self.n)
+    def _ring(self, wire: Wire, local: LocalGradients, out: Tensor) -> Tensor:
+        bottom, everyone = self.ests.start, list(reversed(range(len(self.ests))))
+        chunks = ring_chunks(out.numel() * out.element_size(), out.element_size(), self.n)
         # The chains of chunks a+1..b start on the executor of ranks a..b-1. All but the last come back to it.
         started = [[(rank + 1) % self.n for rank in ests] for ests in self.placement]
         own = started[self.executor]
-        held = _join([_descend(None, local[: c - bottom if c else None], chunks[c], last.device) for c in own])
+        held = self._buffer(sum(_length(chunks[c]) for c in own), out, turn=0)
+        for c, piece in zip(own, held.split([_length(chunks[c]) for c in own]), strict=True):
+            local.add(list(reversed(range(c - bottom))) if c else everyone, chunks[c], piece)
         for hop in range(1, wire.size):
             spans = _spans(chunks, started[(self.executor + hop) % wire.size])
-            arrived = self._pass_on(wire, held, spans, hop, offloaded)
-            held = _join(
-                [_descend(piece, local, span, last.device) for piece, span in zip(arrived, spans, strict=True)]
-            )
+            held, arrived = self._pass_on(wire, held, spans, hop)
+            for piece, span in zip(arrived, spans, strict=True):
+                local.add(everyone, span, piece, onto=True)
         # What is held now started one executor below; the last of it is chunk `bottom`, with every rank added.
         whole = _length(chunks[bottom])
         going, final = held.split([held.numel() - whole, whole])
         back = own[:-1]
-        arrived = self._pass_on(wire, going, [chunks[c] for c in back], wire.size, offloaded)
-        out = torch.empty_like(last) if offloaded else local[0]
-        _place(final, out[chunks[bottom]])
+        out[chunks[bottom]].copy_(final)
+        _, arrived = self._pass_on(wire, going, [chunks[c] for c in back], wire.size)
         for c, piece in zip(back, arrived, strict=True):
-            _place(_descend(piece, local[c - bottom :], chunks[c], last.device), out[chunks[c]])
+            local.add(everyone[: len(everyone) - (c - bottom)], chunks[c], piece, onto=True)
+            out[chunks[c]].copy_(piece)
         wire.gather_slices(out, [slice(chunks[e.start].start, chunks[e.stop - 1].stop) for e in self.placement])
         return out
 
-    def _pass_on(self, wire: Wire, held: Tensor, spans: list[slice], hop: int, offloaded: bool) -> list[Tensor]:
-        """Send `held` down the ring; what arrives from above, split by `spans`."""
+    def _pass_on(self, wire: Wire, held: Tensor, spans: list[slice], hop: int) -> tuple[Tensor, list[Tensor]]:
+        """Send `held` down the ring; what arrives from above, whole and split by `spans`."""
         sizes = [_length(span) for span in spans]
-        # Two buffers take turns where partial sums are built, and sent on, where they arrived: beside offloaded parts.
-        arrived = self._buffer(sum(sizes), held, turn=hop % 2 if offloaded else 0)
+        # Two buffers take turns: what arrived is added to where it is, and sent on from there.
+        arrived = self._buffer(sum(sizes), held, turn=hop % 2)
         wire.shift(arrived, held)
-        return list(arrived.split(sizes)) if sizes else []
+        return arrived, list(arrived.split(sizes)) if sizes else []
 
 
 class TreeReduction(_Exchange):
@@ -189,8 +202,21 @@ class TreeReduction(_Exchange):
     """
 
     def start(self, index: int, local: list[Tensor]) -> Pending:
-        """See `Reduction.start`."""
-        self._check(index, local)
+        """Begin to reduce bucket `index`.
+
+        Args:
+            index: the bucket; buckets start in the same order on all executors.
+            local: one flat tensor per EST of this executor, in rank order, multiplied by 1/N. They may wait in host
+                memory as long as the last one is on the device. Their memory is overwritten.
+
+        Returns:
+            The pending result, on the device of ``local[-1]``, usually in the memory of ``local[0]``.
+
+        Raises:
+            ValueError: if their number, type or length is wrong or one is sparse.
+        """
+        self._check(index, len(local))
+        check_parts(local)
         fold = TreeFold(self.ests, self.n)
         for rank, flat in zip(self.ests, local, strict=True):
             fold.push(rank, flat.to(local[-1].device, non_blocking=True))
@@ -200,7 +226,7 @@ class TreeReduction(_Exchange):
         """Begin to reduce bucket `index` from this executor's partial sums.
 
         Args:
-            index: the bucket; see `Reduction.start`.
+            index: the bucket; see `start`.
             blocks: what `TreeFold.partials` returned; their memory is overwritten and the result lies in that of the
                 first.
 
@@ -259,15 +285,22 @@ class NativeReduction(_Exchange):
         ValueError: if the arguments contradict each other.
     """
 
-    def start(self, index: int, local: list[Tensor]) -> Pending:
+    def start(self, index: int, local: LocalGradients) -> Finish:
         """See `Reduction.start`."""
-        self._check(index, local)
-        total = local[0].to(local[-1].device, non_blocking=True)
-        for flat in local[1:]:
-            total.add_(flat.to(total.device, non_blocking=True))
+        self._check(index, len(local.pieces))
+        in_rank_order = range(len(self.ests))
         if self._wire is None:
-            return self._lane.submit(lambda: total, [total])
-        return Running(self._wire.all_reduce(total), total)
+            return lambda: local.fold_into_results(in_rank_order, local.whole)
+        flat = self._flat(index, local.form)
+        local.add(in_rank_order, local.whole, flat)
+        pending = Running(self._wire.all_reduce(flat), flat)
+        return lambda: local.store(pending.wait())
+
+
+def _fold_all(local: LocalGradients, n: int) -> None:
+    """The ring order where all ESTs are here."""
+    for c, chunk in enumerate(ring_chunks(local.form.numel * local.form.dtype.itemsize, local.form.dtype.itemsize, n)):
+        local.fold_into_results([(c - k) % n for k in range(1, n + 1)], chunk)
 
 
 def _length(span: slice) -> int:
@@ -283,32 +316,3 @@ def _spans(chunks: list[slice], which: list[int]) -> list[slice]:
         else:
             spans.append(chunks[c])
     return spans
-
-
-def _descend(partial: Tensor | None, parts: list[Tensor], span: slice, device: torch.device) -> Tensor:
-    """Add `parts` from the last to the first to `partial` on `span`; sums overwrite what was used up."""
-    for part in reversed(parts):
-        own = part[span]
-        if partial is None:
-            partial = own.to(device, non_blocking=True)
-        elif own.device == device:
-            partial = own.add_(partial)
-        else:
-            partial = partial.add_(own.to(device, non_blocking=True))
-    assert partial is not None
-    return partial
-
-
-def _join(pieces: list[Tensor]) -> Tensor:
-    """The pieces one after the other: a view where they already lie so, else a copy."""
-    first, end = pieces[0], pieces[0].storage_offset()
-    for piece in pieces:
-        if piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or piece.storage_offset() != end:
-            return torch.cat(pieces)
-        end += piece.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
-
-
-def _place(piece: Tensor, where: Tensor) -> None:
-    if piece.data_ptr() != where.data_ptr():
-        where.copy_(piece)

@@ -12,12 +12,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _MIB = 1 << 20
-_DEFAULT_CAP_MB = 25.0
+DEFAULT_CAP_MB = 25.0
 
 
 @dataclass(frozen=True)
@@ -116,48 +115,8 @@ def rebuilt_layout(
     return BucketLayout(tuple(tuple(bucket) for bucket in buckets))
 
 
-def regroup(
-    flats: Sequence[Tensor], physical: BucketLayout, logical: BucketLayout, numels: Sequence[int]
-) -> list[Tensor]:
-    """Turn the flat buffers of one layout into those of another.
-
-    After a resume DDP's Reducer starts from the initial layout while the saved run had the rebuilt one; so gradients
-    are regrouped, reduced in the logical layout, and regrouped back.
-
-    Args:
-        flats: one flat tensor per bucket of `physical`.
-        physical: their layout.
-        logical: the wanted layout, over the same parameters; a bucket holds parameters of one type.
-        numels: number of elements per parameter.
-
-    Returns:
-        One flat tensor per bucket of `logical`; `flats` themselves where a bucket is the same in both.
-
-    Raises:
-        ValueError: if the layouts or lengths do not belong together.
-    """
-    if not physical.num_parameters == logical.num_parameters == len(numels) or len(flats) != len(physical.buckets):
-        raise ValueError(
-            f"`flats` ({len(flats)}), `physical` ({physical.num_parameters} parameters in {len(physical.buckets)}"
-            f" buckets), `logical` ({logical.num_parameters}) and `numels` ({len(numels)}) do not belong together."
-            " HINT: use the layouts of one model."
-        )
-    whole: dict[tuple[int, ...], Tensor] = {}
-    pieces: dict[int, Tensor] = {}
-    for flat, bucket in zip(flats, physical.buckets, strict=True):
-        sizes = [numels[i] for i in bucket]
-        if sum(sizes) != flat.numel():
-            raise ValueError(
-                f"`flats` holds {flat.numel()} elements for the bucket {bucket}, `numels` says {sum(sizes)}."
-                " HINT: use the layouts of one model."
-            )
-        whole[bucket] = flat
-        pieces.update(zip(bucket, flat.split(sizes), strict=True))
-    return [whole[bucket] if bucket in whole else torch.cat([pieces[i] for i in bucket]) for bucket in logical.buckets]
-
-
 def _caps(bucket_cap_mb: float | None) -> tuple[int, int]:
     """Bytes that the first and the later buckets may hold; an explicit cap is the first limit too."""
     if bucket_cap_mb is None:
-        return int(dist._DEFAULT_FIRST_BUCKET_BYTES), int(_DEFAULT_CAP_MB * _MIB)
+        return int(dist._DEFAULT_FIRST_BUCKET_BYTES), int(DEFAULT_CAP_MB * _MIB)
     return int(bucket_cap_mb * _MIB), int(bucket_cap_mb * _MIB)

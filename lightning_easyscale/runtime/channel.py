@@ -6,7 +6,6 @@ members; every executor then computes from all N deposits in rank order.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..placement import Placement
 from .collectives import Fold, on_host
 from .executor import Executor
+from .packing import pack, unpack
 from .peers import Peers
 
 Compute = Callable[[list[Any]], list[Any]]
@@ -47,12 +47,12 @@ class Channel:
 
     def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
         """Exchange deposits between executors and compute the local members' results."""
-        payload = b"" if self.peers.size == 1 else pickle.dumps(on_host(deposits))
+        payload = None if self.peers.size == 1 else pack(on_host(deposits))
         stop, parts = self.peers.exchange(tag, stop=self.executor.stop_requested, payload=payload)
         self._heed(stop)
         every: dict[int, Any] = {}
-        for part in parts if payload else ():
-            every.update(pickle.loads(part))
+        for part in parts if payload is not None else ():
+            every.update(unpack(part))
         every.update(deposits)
         with torch.no_grad():
             results = compute([every[r] for r in self.ranks])

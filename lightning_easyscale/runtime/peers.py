@@ -27,12 +27,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from .errors import CollectiveMismatch, ESTHang, RemoteESTError
+from .packing import as_bytes
 from .world import physical_world
 
 _connected: weakref.WeakSet[Peers] = weakref.WeakSet()
 
 _HEADER_BYTES = 1024
 _ROOM = _HEADER_BYTES - 32
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 _FAILED, _STOP = 1, 2
 _FAILURES = "easyscale/failures"
 
@@ -44,19 +46,23 @@ class Header:
     tag: bytes
     flags: int
     length: int = 0
-    payload: bytes = b""  # the first of `length` bytes
+    payload: torch.Tensor | None = None  # the first of `length` bytes
 
     def encode(self) -> torch.Tensor:
         """The header as a fixed-size uint8 tensor."""
-        raw = self.tag + self.flags.to_bytes(8, "little") + self.length.to_bytes(8, "little") + self.payload[:_ROOM]
-        return torch.frombuffer(bytearray(raw.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
+        raw = self.tag + self.flags.to_bytes(8, "little") + self.length.to_bytes(8, "little")
+        encoded = torch.frombuffer(bytearray(raw.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
+        if self.payload is not None:
+            said = self.payload[:_ROOM]
+            encoded[len(raw) : len(raw) + said.numel()] = said
+        return encoded
 
     @classmethod
     def decode(cls, tensor: torch.Tensor) -> Header:
         """Inverse of `encode`."""
-        raw = tensor.numpy().tobytes()
+        raw = tensor[:32].numpy().tobytes()
         length = int.from_bytes(raw[24:32], "little")
-        return cls(raw[:16], int.from_bytes(raw[16:24], "little"), length, raw[32 : 32 + min(length, _ROOM)])
+        return cls(raw[:16], int.from_bytes(raw[16:24], "little"), length, tensor[32 : 32 + min(length, _ROOM)])
 
 
 class Peers:
@@ -110,16 +116,19 @@ class Peers:
         """Start a rendezvous that spans executors; see `exchange`. Returns whether any executor was asked to stop."""
         return self.exchange(tag, stop=stop)[0]
 
-    def exchange(self, tag: str, *, stop: bool = False, payload: bytes = b"") -> tuple[bool, list[bytes]]:
+    def exchange(
+        self, tag: str, *, stop: bool = False, payload: torch.Tensor | None = None
+    ) -> tuple[bool, list[torch.Tensor]]:
         """Start a rendezvous that spans executors, and tell the others something.
 
         Args:
             tag: what this executor is about to do; must be the same everywhere.
             stop: whether this executor was asked to stop.
-            payload: what it has to say.
+            payload: what it has to say, flat uint8 in host memory.
 
         Returns:
-            Whether any executor was asked to stop; every executor's payload, in executor order.
+            Whether any executor was asked to stop; every executor's payload, in executor order, each at a multiple of
+            16 bytes of its storage.
 
         Raises:
             CollectiveMismatch: if the tags differ.
@@ -127,9 +136,10 @@ class Peers:
             ESTHang: if another executor did not arrive within the timeout, or vanished.
         """
         if self.control is None:
-            return stop, [payload]
+            return stop, [_NOTHING if payload is None else payload]
+        payload = _NOTHING if payload is None else payload
         digest = hashlib.blake2b(tag.encode(), digest_size=16).digest()
-        headers = self._exchange_headers(Header(digest, _STOP if stop else 0, len(payload), payload), tag)
+        headers = self._exchange_headers(Header(digest, _STOP if stop else 0, payload.numel(), payload), tag)
         if any(h.flags & _FAILED for h in headers):
             self._all_know = True
             causes = self.all_gather_object(None)
@@ -142,7 +152,7 @@ class Peers:
                 + ", ".join(f"executor {i} is at `{t}`" for i, t in enumerate(tags))
                 + ". HINT: every rank has to call the same collectives in the same order."
             )
-        payloads = [h.payload for h in headers]
+        payloads = [_NOTHING if h.payload is None else h.payload for h in headers]
         if max(h.length for h in headers) > _ROOM:
             payloads = self._gather_bytes(payload, [h.length for h in headers])
         return any(h.flags & _STOP for h in headers), payloads
@@ -168,16 +178,19 @@ class Peers:
         payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         self._wait(self.control.allgather([sizes], [torch.tensor([payload.numel()])]), "sizes")
-        raw = self._gather_bytes(payload.numpy().tobytes(), [int(n.item()) for n in sizes])
-        return [pickle.loads(part) for part in raw]
+        raw = self._gather_bytes(payload, [int(n.item()) for n in sizes])
+        return [pickle.loads(part.numpy().tobytes()) for part in raw]
 
-    def _gather_bytes(self, payload: bytes, lengths: Sequence[int]) -> list[bytes]:
+    def _gather_bytes(self, payload: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
         assert self.control is not None
         longest = max(lengths)
-        padded = torch.frombuffer(bytearray(payload.ljust(longest, b"\0")), dtype=torch.uint8)
+        padded = payload
+        if payload.numel() < longest:
+            padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
+            padded[: payload.numel()] = payload
         outputs = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
         self._wait(self.control.allgather([outputs], [padded]), "objects")
-        return [out[:n].numpy().tobytes() for out, n in zip(outputs, lengths, strict=True)]
+        return [out[:n] for out, n in zip(outputs, lengths, strict=True)]
 
     def share(self, tag: str, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Start a rendezvous in which executor `source` overwrites the others' `tensors`; see `exchange`."""
@@ -188,15 +201,15 @@ class Peers:
             self.agree(tag)
             self.broadcast(tensors, source)
             return
-        said = b"".join(_bytes_of(t) for t in tensors) if self.index == source else b""
+        said = torch.cat([as_bytes(t) for t in tensors]) if self.index == source and tensors else None
         _, payloads = self.exchange(tag, payload=said)
         offset = 0
         for tensor in tensors if self.index != source else ():
             size = tensor.numel() * tensor.element_size()
             if not size:
                 continue
-            raw = torch.frombuffer(bytearray(payloads[source][offset : offset + size]), dtype=tensor.dtype)
-            tensor.copy_(raw.view(tensor.shape))
+            raw = payloads[source][offset : offset + size].clone()
+            tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
             offset += size
 
     def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
@@ -251,10 +264,6 @@ class Peers:
                 " HINT: look at the other executors' output for the first error; if a step is legitimately that slow,"
                 " raise `timeout`."
             ) from error
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def connect(index: int, size: int, *, backend: str, timeout: timedelta) -> Peers:

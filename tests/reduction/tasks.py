@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.bucket import BucketForm, LocalGradients
 from lightning_easyscale.reduction.exchange import NativeReduction, RingReduction, TreeReduction
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 
@@ -67,11 +68,35 @@ def extremes_differ(group: dist.ProcessGroup, rank: int) -> list[str]:
     return wrong
 
 
+def local_gradients(parts: list[Tensor], device: str = "cpu") -> LocalGradients:
+    """One EST's gradient each, as three parameters' of unlike lengths, already scaled."""
+    size = parts[-1].numel()
+    lengths = [n for n in (size // 7, size // 3, size - size // 7 - size // 3) if n]
+    form = BucketForm(range(len(lengths)), [torch.empty(n, dtype=parts[-1].dtype, device=device) for n in lengths])
+    return LocalGradients(form, [part.split(lengths) for part in parts], None)
+
+
 class ForcedRing(RingReduction):
     """The general path also where the backend's own all-reduce would do."""
 
     def _one_est_each(self) -> bool:
         return False
+
+
+def reduced_by(
+    reduction: RingReduction | TreeReduction | NativeReduction, index: int, parts: list[Tensor], device: str = "cpu"
+) -> Callable[[], Tensor]:
+    """Start a reduction; the returned function waits for its result."""
+    if isinstance(reduction, TreeReduction):
+        return reduction.start(index, parts).wait
+    local = local_gradients(parts, device)
+    finish = reduction.start(index, local)
+
+    def wait() -> Tensor:
+        finish()
+        return torch.cat(local.results)
+
+    return wait
 
 
 def exchange_differs(
@@ -85,15 +110,15 @@ def exchange_differs(
     for kind, fold in ((RingReduction, ring_fold), (ForcedRing, ring_fold), (TreeReduction, tree_fold)):
         reduction = kind(where, rank, alone, n)
         cases = list(itertools.product(sizes, dtypes))
-        pending = [
-            reduction.start(i, [part.clone() for part in inputs(n, size, getattr(torch, name))[mine.start : mine.stop]])
-            for i, (size, name) in enumerate(cases)
-        ]
+        waits = []
+        for i, (size, name) in enumerate(cases):
+            parts = [part.clone() for part in inputs(n, size, getattr(torch, name))[mine.start : mine.stop]]
+            waits.append(reduced_by(reduction, i, parts))
         flags = torch.zeros(n, dtype=torch.int32)
         flags[mine.start : mine.stop] = 1
         shared = reduction.share(flags)
-        for (size, name), handle in zip(cases, pending, strict=True):
-            if not torch.equal(handle.wait(), fold(inputs(n, size, getattr(torch, name)))):
+        for (size, name), wait in zip(cases, waits, strict=True):
+            if not torch.equal(wait(), fold(inputs(n, size, getattr(torch, name)))):
                 wrong.append(f"{kind.__name__} {placement} size={size} {name}")
         if int(shared.wait().sum()) != n:
             wrong.append(f"{kind.__name__} {placement} flags")
@@ -111,6 +136,6 @@ def native(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...]) -> b
         expected += part
     dist.all_reduce(expected, group=group)
     reduction = NativeReduction(where, rank, group, where.num_ests)
-    got = reduction.start(0, [part.clone() for part in parts[mine.start : mine.stop]]).wait()
+    got = reduced_by(reduction, 0, [part.clone() for part in parts[mine.start : mine.stop]])()
     reduction.close()
     return torch.equal(got, expected)

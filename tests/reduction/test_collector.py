@@ -1,4 +1,4 @@
-"""The collector against stock DDP with the ordered hook, in real processes over gloo."""
+"""The collector against stock DDP, for the `tree` order with the ordered hook, in real processes over gloo."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from .pool import Pool
 from .tasks import compositions
 from .training import STEPS, collected, stock
 
-SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static")
-_expected: dict[tuple[int, str, bool], dict[int, list[str]]] = {}
+SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static", "hooked")
+_expected: dict[tuple[int, str, str, bool], dict[int, list[str]]] = {}
 
 
-def expected(pool: Pool, n: int, scenario: str, view: bool = False) -> dict[int, list[str]]:
-    if (n, scenario, view) not in _expected:
-        answers = pool.run(n, stock, scenario=scenario, view=view)
-        _expected[n, scenario, view] = {rank: seen for answer in answers for rank, seen in answer.items()}
-    return _expected[n, scenario, view]
+def expected(pool: Pool, n: int, scenario: str, order: str = "tree", view: bool = False) -> dict[int, list[str]]:
+    key = n, scenario, order, view
+    if key not in _expected:
+        answers = pool.run(n, stock, scenario=scenario, order=order, view=view)
+        _expected[key] = {rank: seen for answer in answers for rank, seen in answer.items()}
+    return _expected[key]
 
 
-def ours(pool: Pool, scenario: str, placement: tuple[int, ...], private: bool = False) -> dict[int, list[str]]:
-    answers = pool.run(len(placement), collected, scenario=scenario, placement=placement, private=private)
+def ours(pool: Pool, scenario: str, placement: tuple[int, ...], **options: object) -> dict[int, list[str]]:
+    answers = pool.run(len(placement), collected, scenario=scenario, placement=placement, **options)
     return {rank: seen for answer in answers for rank, seen in answer.items()}
 
 
@@ -31,8 +32,21 @@ def test_collected_gradients_equal_stock_ddp_with_the_ordered_hook(
 ) -> None:
     private = scenario == "zeroed"
     reference = expected(pool, sum(placement), scenario)
-    assert ours(pool, scenario, placement, private) == reference
+    assert ours(pool, scenario, placement, private=private) == reference
     assert all(len(set(seen)) == STEPS for seen in reference.values())
+
+
+@pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "aliased"])
+def test_collected_buckets_equal_stock_ddp(pool: Pool, scenario: str, placement: tuple[int, ...]) -> None:
+    got = ours(pool, scenario, placement, order="ddp", private=True)
+    assert got == expected(pool, sum(placement), scenario, "ddp")
+
+
+@pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "zeroed", "unused", "static", "aliased"])
+def test_gradient_as_bucket_view_scales_as_stock_ddp(pool: Pool, scenario: str) -> None:
+    got = ours(pool, scenario, (2, 1), order="ddp", private=True, view=True)
+    assert got == expected(pool, 3, scenario, "ddp", view=True)
 
 
 @pytest.mark.parametrize("scenario", ["plain", "kept", "unused"])
@@ -51,4 +65,7 @@ def test_private_and_shared_gradients_have_the_same_bits(pool: Pool, scenario: s
 def test_collected_gradients_equal_stock_ddp_for_every_placement(
     pool: Pool, scenario: str, placement: tuple[int, ...]
 ) -> None:
-    assert ours(pool, scenario, placement, scenario == "zeroed") == expected(pool, sum(placement), scenario)
+    assert ours(pool, scenario, placement, private=scenario == "zeroed") == expected(pool, sum(placement), scenario)
+    for view in (False, True):
+        got = ours(pool, scenario, placement, order="ddp", private=True, view=view)
+        assert got == expected(pool, sum(placement), scenario, "ddp", view)

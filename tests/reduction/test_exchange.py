@@ -10,7 +10,7 @@ from lightning_easyscale.reduction.exchange import NativeReduction, RingReductio
 from lightning_easyscale.reduction.tree import Block
 
 from .pool import Pool
-from .tasks import SMALL, compositions, exchange_differs, native
+from .tasks import SMALL, compositions, exchange_differs, local_gradients, native, reduced_by
 
 
 @pytest.mark.parametrize("placement", [c for n in range(2, 6) for c in compositions(n)], ids=str)
@@ -41,12 +41,11 @@ def test_native_is_the_local_sum_then_the_backends_all_reduce(pool: Pool, placem
     assert all(pool.run(len(placement), native, placement=placement))
 
 
-def test_one_executor_needs_no_group_and_result_lies_in_the_first_input() -> None:
+def test_one_executor_needs_no_group_and_results_replace_the_first_gradients() -> None:
     for kind in (RingReduction, TreeReduction, NativeReduction):
-        local = [torch.full((10,), float(r)) for r in range(3)]
-        result = kind(Placement((3,)), 0, None, 3).start(0, local).wait()
-        assert torch.equal(result, torch.full((10,), 3.0))
-        assert result.data_ptr() == local[0].data_ptr()
+        parts = [torch.full((10,), float(r)) for r in range(3)]
+        assert torch.equal(reduced_by(kind(Placement((3,)), 0, None, 3), 0, parts)(), torch.full((10,), 3.0))
+        assert torch.equal(parts[0], torch.full((10,), 3.0))
 
 
 def test_arguments_that_contradict_each_other_are_refused() -> None:
@@ -55,8 +54,10 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="`executor=1` of 2 does not match rank 0 of 1 in `group`"):
         RingReduction(Placement((2, 2)), 1, None, 4)
     reduction = TreeReduction(Placement((2,)), 0, None, 2)
-    with pytest.raises(ValueError, match="`local` of bucket 7 holds 1 tensors"):
+    with pytest.raises(ValueError, match="`local` of bucket 7 holds the gradients of 1 ESTs"):
         reduction.start(7, [torch.ones(1)])
+    with pytest.raises(ValueError, match="`local` of bucket 8 holds the gradients of 1 ESTs"):
+        RingReduction(Placement((2,)), 0, None, 2).start(8, local_gradients([torch.ones(3)]))
     with pytest.raises(ValueError, match="sparse=False"):
         reduction.start(0, [torch.ones(3).to_sparse(), torch.ones(3).to_sparse()])
     with pytest.raises(ValueError, match="`blocks` of bucket 1 are not the partial sums"):

@@ -13,7 +13,7 @@ from lightning_easyscale.reduction.tree import TreeFold, combine, to_host
 from lightning_easyscale.runtime.collectives import all_reduce
 
 from .pool import Pool
-from .tasks import ForcedRing, inputs
+from .tasks import ForcedRing, inputs, reduced_by
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def test_gradients_may_wait_in_host_memory() -> None:
     parts = inputs(5, 300_001, torch.float32)
     waiting = [to_host(part.cuda()) for part in parts[:-1]]
     assert all(part.is_pinned() for part in waiting)
-    result = RingReduction(Placement((5,)), 0, None, 5).start(0, [*waiting, parts[-1].cuda()]).wait()
+    result = reduced_by(RingReduction(Placement((5,)), 0, None, 5), 0, [*waiting, parts[-1].cuda()], "cuda")()
     assert result.is_cuda
     assert torch.equal(result.cpu(), ring_fold(parts))
     fold = TreeFold(range(5), 5, offload="host")
@@ -55,15 +55,15 @@ def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], 
             local = [part.cuda() for part in inputs(where.num_ests, size, torch.float32)[mine.start : mine.stop]]
             if offload:
                 local[:-1] = [to_host(part) for part in local[:-1]]
-            pending.append((size, reduction.start(index, local)))
+            pending.append((size, reduced_by(reduction, index, local, "cuda")))
             # What the reduction still reads, though nobody holds it, must not be handed out again.
             count = len(local)
             del local
             for _ in range(count):
                 torch.full((size,), torch.nan, device="cuda")
         flags = reduction.share(torch.tensor([rank], dtype=torch.int32, device="cuda"))
-        for size, handle in pending:
-            if not torch.equal(handle.wait().cpu(), fold(inputs(where.num_ests, size, torch.float32))):
+        for size, wait in pending:
+            if not torch.equal(wait().cpu(), fold(inputs(where.num_ests, size, torch.float32))):
                 wrong.append(f"{kind.__name__} {size}")
         if int(flags.wait()) != group.size() - 1:
             wrong.append(f"{kind.__name__} flags")

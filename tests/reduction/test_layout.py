@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_easyscale.reduction.layout import BucketLayout, initial_layout, rebuilt_layout, regroup
+from lightning_easyscale.reduction.layout import BucketLayout, initial_layout, rebuilt_layout
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +100,6 @@ def test_a_static_graph_is_rebuilt_one_step_later(world: None) -> None:
     assert layouts[2] == layouts[3] == rebuilt_layout(ready[1], parameters)
 
 
-def test_regrouping_moves_every_gradient_and_comes_back() -> None:
-    numels = [3, 1, 4, 2]
-    physical = BucketLayout(((0, 1, 2, 3),))
-    logical = BucketLayout(((3, 1), (0, 2)))
-    flat = torch.arange(10.0)
-    there = regroup([flat], physical, logical, numels)
-    assert [t.tolist() for t in there] == [[8.0, 9.0, 3.0], [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0]]
-    assert torch.equal(regroup(there, logical, physical, numels)[0], flat)
-    assert regroup([flat], physical, physical, numels)[0] is flat
-
-
 def test_state_is_plain_and_comes_back() -> None:
     layout = BucketLayout(((2, 0), (1,)))
     assert layout.to_state() == [[2, 0], [1]]
@@ -123,8 +112,3 @@ def test_what_is_no_layout_is_refused() -> None:
             BucketLayout(bad)
     with pytest.raises(ValueError, match="is not a permutation of the 2 parameter indices"):
         rebuilt_layout([0, 0], [torch.ones(1), torch.ones(1)])
-    one = BucketLayout(((0, 1),))
-    with pytest.raises(ValueError, match="do not belong together"):
-        regroup([torch.ones(2)], one, BucketLayout(((0,),)), [1, 1])
-    with pytest.raises(ValueError, match="holds 2 elements for the bucket"):
-        regroup([torch.ones(2)], one, one, [1, 2])

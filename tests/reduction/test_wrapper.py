@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.collector import ESTDataParallel
-from lightning_easyscale.reduction.gradients import TreeGradients
 from lightning_easyscale.reduction.orders import tree_fold
+from lightning_easyscale.reduction.tree_gradients import TreeGradients
 
 
 def executor(k: int, **options: object) -> TreeGradients:

@@ -1,4 +1,4 @@
-"""Small training scenarios, run by stock DDP with the ordered hook and by our collector, in the pool's processes."""
+"""Small training scenarios, run by stock DDP and by our collector, in the pool's processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
-from lightning_easyscale.reduction.gradients import TreeGradients
+from lightning_easyscale.reduction.exchange import RingReduction
+from lightning_easyscale.reduction.gradients import GradientReduce
 from lightning_easyscale.reduction.hook import ordered_allreduce_hook
+from lightning_easyscale.reduction.tree_gradients import TreeGradients
 
 STEPS = 5
 CAP_MB = 0.01
+
+
+class Through(torch.autograd.Function):
+    """Hands on its first input; the second gets no gradient, though it was used."""
+
+    @staticmethod
+    def forward(_: object, x: Tensor, weight: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(_: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 class Model(nn.Module):
@@ -38,6 +53,10 @@ class Model(nn.Module):
         self.sometimes = nn.Linear(24, 24)
         self.never = nn.Linear(24, 24)
         self.aside = nn.Linear(24, 2)
+        if scenario == "hooked":
+            self.bypassed = nn.Parameter(torch.ones(300))
+        if scenario == "aliased":
+            self.one, self.other = nn.Parameter(torch.rand(1200)), nn.Parameter(torch.rand(30, 40))
         if scenario not in ("unused", "static"):
             self.never.requires_grad_(False)
         if scenario not in ("unused",):
@@ -47,6 +66,11 @@ class Model(nn.Module):
     def forward(self, x: Tensor, step: int, rank: int) -> tuple[Tensor, Tensor]:
         h = self.norm(self.again(torch.relu(self.tied(self.body(x)))))
         h = self.frozen(h) * self.gain
+        if self.scenario == "hooked":
+            h = Through.apply(h, self.bypassed)
+        if self.scenario == "aliased":
+            # Autograd lets the two gradients be views of one memory.
+            h = h * (self.one.view(-1) + self.other.view(-1)).square().mean()
         if self.scenario == "static":
             h = checkpoint(lambda t: torch.tanh(self.tied(t)), h, use_reentrant=True)
         # One rank only; never at the last step but one; and in accumulation at step 2.
@@ -72,12 +96,18 @@ def digest(module: nn.Module) -> str:
 def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
     """Run the ESTs (or the one rank) of this process one after the other; digests of gradients and parameters."""
     seen: dict[int, list[str]] = {rank: [] for rank in workers}
+    if scenario == "hooked":
+        for rank, model in workers.items():
+            # Made after the wrapper: still heard before it.
+            for p in model.module.body.parameters():  # type: ignore[union-attr]
+                p.register_hook(lambda grad, rank=rank: grad * (1 + rank))
+                p.register_post_accumulate_grad_hook(_shrink)
     for step in range(STEPS):
         accumulating = scenario in ("accumulate", "unused") and step == 2
         for rank, model in workers.items():
             if scenario == "zeroed":
                 model.zero_grad(set_to_none=False)
-            elif scenario in ("plain", "two_backwards", "static") or step % 2 == 0:
+            elif scenario in ("plain", "two_backwards", "static", "hooked", "aliased") or step % 2 == 0:
                 model.zero_grad()
             with model.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
                 main, aside = model(batch(step, rank), step, rank)
@@ -94,13 +124,20 @@ def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
     return seen
 
 
+def _shrink(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.7)
+
+
 def build(scenario: str) -> Model:
     torch.manual_seed(3)
     return Model(scenario)
 
 
-def stock(group: dist.ProcessGroup, rank: int, scenario: str, view: bool = False) -> dict[int, list[str]]:
-    """A stock DDP rank with the ordered hook."""
+def stock(
+    group: dist.ProcessGroup, rank: int, scenario: str, order: str = "tree", view: bool = False
+) -> dict[int, list[str]]:
+    """A stock DDP rank; with the ordered hook for the `tree` order."""
     with warnings.catch_warnings():
         # torch 2.13 renamed `broadcast_buffers` and warns of the old name.
         warnings.simplefilter("ignore", FutureWarning)
@@ -113,18 +150,34 @@ def stock(group: dist.ProcessGroup, rank: int, scenario: str, view: bool = False
             gradient_as_bucket_view=view,
             broadcast_buffers=False,
         )
-    model.register_comm_hook(group, ordered_allreduce_hook)
+    if order == "tree":
+        model.register_comm_hook(group, ordered_allreduce_hook)
     return train(scenario, {rank: model})
 
 
 def collected(
-    group: dist.ProcessGroup, executor: int, scenario: str, placement: tuple[int, ...], private: bool = False
+    group: dist.ProcessGroup,
+    executor: int,
+    scenario: str,
+    placement: tuple[int, ...],
+    order: str = "tree",
+    private: bool = False,
+    view: bool = False,
 ) -> dict[int, list[str]]:
     """The ESTs of one executor, run one after the other."""
-    where = Placement(placement)
-    gradients = TreeGradients(
-        where, executor, group if group.size() > 1 else None, private_gradients=private, bucket_cap_mb=CAP_MB
-    )
+    where, physical = Placement(placement), group if group.size() > 1 else None
+    gradients: GradientReduce
+    if order == "tree":
+        gradients = TreeGradients(where, executor, physical, private_gradients=private, bucket_cap_mb=CAP_MB)
+    else:
+        gradients = BucketGradients(
+            RingReduction(where, executor, physical, where.num_ests),
+            private_gradients=private,
+            bucket_cap_mb=CAP_MB,
+            find_unused_parameters=scenario == "unused",
+            static_graph=scenario == "static",
+            gradient_as_bucket_view=view,
+        )
     workers: dict[int, nn.Module] = {
         rank: ESTDataParallel(
             build(scenario),

@@ -1,0 +1,200 @@
+"""Buckets: how gradients lie in a flat buffer, and one executor's gradients read as if they lay in one.
+
+Autograd leaves every gradient in memory of its own. `LocalGradients` folds the gradients of an executor's ESTs straight
+from there, scaled on the way, and writes the sum back into the first EST's: no flat copy per EST is made. Invariant:
+an element's result depends on its position in the bucket only through the order of addition that the caller asks for.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
+# more in calls than they save (measured at 11.7 million elements).
+_BLOCK_BYTES = 1 << 20
+
+Segment = tuple[int, int, int]
+"""Part of a member's gradient: its slot, the first element and the one after the last."""
+
+
+class BucketForm:
+    """How the gradients of a bucket's parameters lie in a flat buffer, one after the other.
+
+    Args:
+        members: indices of the parameters, in buffer order.
+        parameters: all parameters; the members are of one type, on one device.
+    """
+
+    def __init__(self, members: Sequence[int], parameters: Sequence[Tensor]) -> None:
+        self.members = tuple(members)
+        own = [parameters[i] for i in members]
+        self.dtype, self.device = own[0].dtype, own[0].device
+        self._bounds = [0, *accumulate(p.numel() for p in own)]
+        # As in DDP: a dense parameter keeps its memory order, any other becomes contiguous.
+        self._forms = [
+            (p.shape, p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()) for p in own
+        ]
+        self._blocks: dict[tuple[int, int], list[tuple[slice, list[Segment]]]] = {}
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the whole bucket."""
+        return self._bounds[-1]
+
+    def sizes(self) -> list[int]:
+        """Number of elements of each member."""
+        return [b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The gradients in a flat buffer, shaped and strided like their parameters."""
+        return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
+
+    def shaped(self, slot: int, piece: Tensor) -> Tensor:
+        """A member's elements in memory order, shaped and strided like its parameter."""
+        return piece.as_strided(*self._forms[slot], piece.storage_offset())
+
+    def flattened(self, slot: int, grad: Tensor) -> Tensor:
+        """A member's gradient in memory order; in its own memory, unless it is strided unlike its parameter."""
+        shape, stride = self._forms[slot]
+        theirs = grad.stride()
+        if theirs == stride or all(a == b for a, b, n in zip(theirs, stride, shape, strict=True) if n > 1):
+            return grad.as_strided((grad.numel(),), (1,))
+        flat = torch.empty(grad.numel(), dtype=grad.dtype, device=grad.device)
+        self.shaped(slot, flat).copy_(grad)
+        return flat
+
+    def segments(self, span: slice) -> list[Segment]:
+        """The parts of members that lie in a span of the buffer."""
+        found, slot = [], bisect_right(self._bounds, span.start) - 1
+        while slot < len(self._forms) and self._bounds[slot] < span.stop:
+            first, end = self._bounds[slot], self._bounds[slot + 1]
+            start, stop = max(span.start, first) - first, min(span.stop, end) - first
+            if start < stop:
+                found.append((slot, start, stop))
+            slot += 1
+        return found
+
+    def blocks(self, span: slice) -> list[tuple[slice, list[Segment]]]:
+        """The parts of a span that are folded one after the other: many small segments, or a piece of a large one."""
+        key = (span.start, span.stop)
+        if key not in self._blocks:
+            limit = _BLOCK_BYTES // self.dtype.itemsize if self.device.type == "cpu" else span.stop - span.start
+            found: list[tuple[slice, list[Segment]]] = []
+            for slot, start, stop in self.segments(span):
+                for first in range(start, stop, limit):
+                    end, at = min(first + limit, stop), self._bounds[slot]
+                    if found and at + end - found[-1][0].start <= limit:
+                        found[-1] = (slice(found[-1][0].start, at + end), [*found[-1][1], (slot, first, end)])
+                    else:
+                        found.append((slice(at + first, at + end), [(slot, first, end)]))
+            self._blocks[key] = found
+        return self._blocks[key]
+
+
+class LocalGradients:
+    """One bucket's gradients on one executor.
+
+    Args:
+        form: of the bucket.
+        pieces: per EST, in rank order, each member's gradient in memory order, flat. They may wait in host memory.
+        scale: what a gradient is multiplied by before it is added; None if that was done.
+
+    Attributes:
+        results: where the reduced gradients are to go: the first EST's pieces, if they are on the device.
+    """
+
+    def __init__(self, form: BucketForm, pieces: Sequence[Sequence[Tensor]], scale: float | None) -> None:
+        self.form = form
+        self.pieces = pieces
+        self._scale = scale
+        self.results = [p if p.device == form.device else torch.empty_like(p, device=form.device) for p in pieces[0]]
+
+    @property
+    def whole(self) -> slice:
+        """The span of the whole bucket."""
+        return slice(0, self.form.numel)
+
+    def add(self, ests: Sequence[int], span: slice, out: Tensor, *, onto: bool = False) -> None:
+        """Fold gradients of local ESTs, one after the other, into a flat tensor.
+
+        Args:
+            ests: local positions, in the order of addition.
+            span: the part of the bucket.
+            out: as long as the span.
+            onto: `out` holds a partial sum to begin with; else it begins with the first EST's gradient.
+        """
+        for block, segments in self.form.blocks(span):
+            self._fold(ests, segments, out[block.start - span.start : block.stop - span.start], onto=onto)
+
+    def fold_into_results(self, ests: Sequence[int], span: slice) -> None:
+        """Fold gradients of all local ESTs, in the given order, into the results."""
+        blocks = self.form.blocks(span)
+        room = torch.empty(
+            max((b.stop - b.start for b, _ in blocks), default=0), dtype=self.form.dtype, device=self.form.device
+        )
+        for block, segments in blocks:
+            total = room[: block.stop - block.start]
+            if len(segments) > 1:
+                self._fold(ests, segments, total)
+                self._store(segments, total)
+            else:
+                slot, start, stop = segments[0]
+                self._fold(ests, segments, total, last=self.results[slot][start:stop])
+
+    def store(self, reduced: Tensor) -> None:
+        """Put the reduced bucket into the results."""
+        self._store(self.form.segments(self.whole), reduced)
+
+    def _store(self, segments: list[Segment], reduced: Tensor) -> None:
+        places = [self.results[slot][start:stop] for slot, start, stop in segments]
+        torch._foreach_copy_(places, list(reduced.split([stop - start for _, start, stop in segments])))
+
+    def _fold(
+        self,
+        ests: Sequence[int],
+        segments: list[Segment],
+        total: Tensor,
+        *,
+        onto: bool = False,
+        last: Tensor | None = None,
+    ) -> None:
+        """Fold one block into `total`; the last sum goes to `last`, if that is given."""
+        own = None
+        for place, est in enumerate(ests):
+            final = last is not None and place == len(ests) - 1
+            if place == 0 and not onto:
+                self._read(est, segments, last if final and last is not None else total)
+                continue
+            own = torch.empty_like(total) if own is None else own
+            self._read(est, segments, own)
+            torch.add(own, total, out=last if final else total)
+
+    def _read(self, est: int, segments: list[Segment], out: Tensor) -> None:
+        """An EST's gradients in these segments, scaled."""
+        parts = [self.pieces[est][slot][start:stop] for slot, start, stop in segments]
+        if len(parts) > 1:
+            parts = [p if p.device == out.device else p.to(out.device, non_blocking=True) for p in parts]
+            torch.cat(parts, out=out)
+            if self._scale is not None:
+                out.mul_(self._scale)
+        elif self._scale is None or parts[0].device != out.device:
+            out.copy_(parts[0], non_blocking=True)
+            if self._scale is not None:
+                out.mul_(self._scale)
+        else:
+            torch.mul(parts[0], self._scale, out=out)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size if size > 1 else 1
+    return True

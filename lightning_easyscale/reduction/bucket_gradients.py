@@ -1,0 +1,211 @@
+"""Gradients of one executor's ESTs, reduced in the buckets of stock DDP.
+
+Under the `ddp` order a gradient's bits depend on its place in its bucket, so the buckets are stock DDP's: the initial
+layout first, later one along the order in which rank 0's gradients became ready, unless unused parameters are searched
+for. Gradients stay where autograd put them. When the last EST has come to a bucket's last parameter, the bucket's
+reduction starts, beside the rest of that EST's backward; its sums replace the first EST's gradients, in place, as stock
+DDP overwrites a rank's.
+
+With private gradients the other ESTs get copies. Without, they are left without gradients.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .bucket import BucketForm, LocalGradients
+from .exchange import Finish, Reduction
+from .gradients import GradientReduce, Rendezvous
+from .layout import BucketLayout, initial_layout, rebuilt_layout
+from .tree import Offload, to_host
+
+
+class BucketGradients(GradientReduce):
+    """`GradientReduce` for reductions of whole buckets, the `ddp` order and level D0.
+
+    Args:
+        reduction: how buckets are reduced over all ESTs.
+        private_gradients: see `GradientReduce`.
+        rendezvous: see `GradientReduce`.
+        saved_layout: the layout of the checkpoint that is resumed, if any.
+        offload: ``"host"`` lets the gradients of all ESTs but the last wait in pinned host memory.
+        bucket_cap_mb: DDP's argument, and so the next three.
+        find_unused_parameters: see there.
+        static_graph: see there.
+        gradient_as_bucket_view: see there. What remains of it is how a gradient is scaled that is kept from one step
+            to the next: DDP divides it in place.
+    """
+
+    def __init__(
+        self,
+        reduction: Reduction,
+        *,
+        private_gradients: bool = False,
+        rendezvous: Rendezvous | None = None,
+        saved_layout: BucketLayout | None = None,
+        offload: Offload = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+    ) -> None:
+        super().__init__(reduction, private_gradients=private_gradients, rendezvous=rendezvous)
+        self.layout = saved_layout
+        self._reduction = reduction
+        self._offload = offload
+        self._bucket_cap_mb = bucket_cap_mb
+        self._searches = find_unused_parameters and not static_graph
+        self._static_graph = static_graph
+        self._as_view = gradient_as_bucket_view
+        # The first iteration of a static graph only finds out what is used; DDP notes the order in the second.
+        self._steps_to_rebuild = 0 if saved_layout is not None or self._searches else 2 if static_graph else 1
+        self._ready_order: list[int] = []
+        self._forms: list[BucketForm] = []
+        self._bucket_of: dict[int, int] = {}
+        self._missing: list[int] = []
+        self._started: list[tuple[LocalGradients, Finish]] = []
+        self._unsure: dict[int, set[int]] = defaultdict(set)
+        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._read: set[int] = set()
+        self._views: dict[int, dict[int, weakref.ref[Tensor]]] = defaultdict(dict)
+
+    def _prepare(self, parameters: list[Parameter]) -> None:
+        initial = initial_layout(parameters, self._bucket_cap_mb, self._searches, self._static_graph)
+        if self.layout is not None and self.layout.num_parameters != len(parameters):
+            raise ValueError(
+                f"The checkpoint's buckets hold {self.layout.num_parameters} parameters, but {len(parameters)} of this"
+                " model require gradients. HINT: freeze the parameters that were frozen when the saved job started."
+            )
+        if self._static_graph and self.layout == initial:
+            # Saved after the first iteration. (If it was saved later, the same order comes to the same layout again.)
+            self._steps_to_rebuild = 1
+        self._use(self.layout or initial, parameters)
+
+    def _use(self, layout: BucketLayout, parameters: list[Parameter]) -> None:
+        self._forms = [BucketForm(members, parameters) for members in layout.buckets]
+        self._bucket_of = {i: b for b, members in enumerate(layout.buckets) for i in members}
+        self._expect()
+
+    def _expect(self) -> None:
+        self._missing = [len(self._ests) * len(form.members) for form in self._forms]
+
+    def deposit(self, rank: int, index: int, *, used: bool = True) -> None:
+        """See `GradientReduce.deposit`."""
+        if rank == 0 and self._steps_to_rebuild == 1:
+            self._ready_order.append(index)
+        if not used:
+            self._unsure[rank].add(index)
+        if self._as_view:
+            self._scale(rank, index)
+        self._missing[self._bucket_of[index]] -= 1
+        while len(self._started) < len(self._forms) and self._missing[len(self._started)] == 0:
+            self._start(len(self._started))
+
+    @torch.no_grad()
+    def _scale(self, rank: int, index: int) -> None:
+        """In DDP the gradient is part of the bucket."""
+        grad = self._parameters[rank][index].grad
+        if grad is None:
+            return
+        kept = self._views[rank].get(index)
+        if kept is not None and kept() is grad:
+            grad.div_(self.n)
+        else:
+            self._parameters[rank][index].grad = grad.detach() * (1.0 / self.n)
+
+    @torch.no_grad()
+    def _start(self, number: int) -> None:
+        form = self._forms[number]
+        pieces = [[self._piece(form, rank, slot) for slot in range(len(form.members))] for rank in self._ests]
+        local = LocalGradients(form, pieces, None if self._as_view else 1.0 / self.n)
+        self._started.append((local, self._reduction.start(number, local)))
+
+    def _piece(self, form: BucketForm, rank: int, slot: int) -> Tensor:
+        index = form.members[slot]
+        parameter = self._parameters[rank][index]
+        if (waiting := self._waiting.get(rank, {}).pop(index, None)) is not None:
+            return waiting
+        grad = parameter.grad
+        if grad is None:
+            return torch.zeros(parameter.numel(), dtype=form.dtype, device=form.device)
+        flat = form.flattened(slot, grad)
+        # What it accumulated stays, if no EST has used it; and two gradients of the first EST may lie in one memory,
+        # where one's sum would be read as the other's gradient.
+        if rank == self._ests.start:
+            if flat.data_ptr() in self._read or (index in self._unsure[rank] and not self._as_view):
+                return flat.clone()
+            self._read.add(flat.data_ptr())
+        return flat
+
+    def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:
+        """See `GradientReduce.finish`."""
+        if self._offload is not None and rank != self._ests[-1]:
+            self._let_wait(rank)
+        super().finish(rank, used)
+
+    @torch.no_grad()
+    def _let_wait(self, rank: int) -> None:
+        """Move an EST's gradients to the host, where the first EST's results will not be: it gets new ones."""
+        waiting = self._waiting[rank] = {}
+        for form in self._forms[len(self._started) :]:
+            for slot, index in enumerate(form.members):
+                waiting[index] = to_host(self._piece(form, rank, slot))
+                if index not in self._unsure[rank]:
+                    self._parameters[rank][index].grad = None
+
+    def _complete(self) -> None:
+        started, self._started = self._started, []
+        lead, *others = self._ests
+        for local, finish in started:
+            finish()
+            reduced = [
+                (slot, index)
+                for slot, index in enumerate(local.form.members)
+                if index not in self._unused or (self._as_view and self._parameters[lead][index].grad is not None)
+            ]
+            for slot, index in reduced:
+                _assign(self._parameters[lead][index], local.form.shaped(slot, local.results[slot]))
+            for rank in others:
+                for _, index in reduced:
+                    grad = self._parameters[lead][index].grad
+                    assert grad is not None
+                    if self.private_gradients:
+                        _assign(self._parameters[rank][index], grad, copy=True)
+                    else:
+                        self._parameters[rank][index].grad = None
+        self._unsure.clear()
+        self._waiting.clear()
+        self._read.clear()
+        if self._as_view:
+            for rank in self._ests:
+                grads = {i: p.grad for i, p in enumerate(self._parameters[rank]) if p.grad is not None}
+                self._views[rank] = {i: weakref.ref(grad) for i, grad in grads.items()}
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Once: the layout that DDP goes over to."""
+        if self._steps_to_rebuild == 2:
+            self.layout = BucketLayout(tuple(form.members for form in self._forms))
+        if self._steps_to_rebuild == 1:
+            parameters = self._parameters[self._ests.start]
+            order = self._share(self._ready_order or [0] * len(parameters))
+            self.layout = rebuilt_layout(order, parameters, self._bucket_cap_mb)
+            self._use(self.layout, parameters)
+            self._ready_order = []
+        else:
+            self._expect()
+        self._steps_to_rebuild = max(self._steps_to_rebuild - 1, 0)
+
+
+def _assign(parameter: Parameter, reduced: Tensor, *, copy: bool = False) -> None:
+    """Overwrite a parameter's gradient, in place where it has one, as stock DDP does."""
+    if parameter.grad is None:
+        parameter.grad = reduced.clone() if copy else reduced
+    elif parameter.grad.data_ptr() != reduced.data_ptr():
+        parameter.grad.copy_(reduced)
