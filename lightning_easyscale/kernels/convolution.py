@@ -3,7 +3,7 @@
 A convolution is the product of its weight with the unfolded input, whose k runs over kernel positions (row-major), then
 channels; the zeros of the padding are operands like others. Its input gradient is, for each kernel position, a product
 over output channels; the positions are added in ascending order. Its weight gradient is one product whose k runs over
-images, then output positions. Here the input is unfolded in memory; `cuda_conv.py` does without.
+images, then output positions. Here the input is unfolded in memory; `cuda_convolution.py` does without.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def _without_unfolding(x: Tensor, g: Geometry) -> ModuleType | None:
     """The kernels that gather their operands, where they take this convolution."""
     if x.device.type != "cuda":
         return None
-    from . import cuda_conv
+    from . import cuda_convolution
 
-    return cuda_conv if cuda_conv.takes(g) else None
+    return cuda_convolution if cuda_convolution.takes(g) else None
 
 
 def _per_image(matrix: Tensor, images: int) -> Tensor:
@@ -158,14 +158,6 @@ def _weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     return made.permute(0, dims + 1, *range(1, dims + 1)).to(dy.dtype).contiguous()
 
 
-def _like_layout(made: Tensor, x: Tensor) -> Tensor:
-    """`made` in channels-last order where the input is."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
-        return made.contiguous(memory_format=last)
-    return made
-
-
 def convolution(
     x: Tensor,
     weight: Tensor,
@@ -189,7 +181,7 @@ def convolution(
         made = _forward(x, weight, Geometry(x.shape, weight.shape, stride, padding, dilation, groups))
     if bias is not None:
         made += bias.reshape(-1, *[1] * (x.dim() - 2))
-    return _like_layout(made, x)
+    return primitives.like_layout(made, x)
 
 
 def convolution_backward(
@@ -210,7 +202,7 @@ def convolution_backward(
     g = Geometry(large.shape, weight.shape, stride, padding, dilation, groups)
     dx = dw = db = None
     if output_mask[0]:
-        dx = _like_layout(_forward(dy, weight, g) if transposed else _input_gradient(dy, weight, g), x)
+        dx = primitives.like_layout(_forward(dy, weight, g) if transposed else _input_gradient(dy, weight, g), x)
     if output_mask[1]:
         dw = _weight_gradient(large, small, g)
     if output_mask[2]:

@@ -1,237 +1,148 @@
-"""Convolutions of the format as Triton kernels that gather their operands instead of unfolding them in memory.
-
-Tile sizes are free, as in `cuda_kernels.py`, and launches have the same rules. There are two spatial dimensions, and
-offsets are 32-bit numbers. A sum over k keeps two levels in registers: the present segment and what was before.
-"""
+"""Convolutions on CUDA tensors: how the Triton kernels of `cuda_convolution_kernels.py` are launched."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import math
+from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from . import cuda_convolution_kernels as kernels
+from .cuda import Tiles, blocks_of, fold, fold_spans, launch_options, pick, span_of
 from .cuda_kernels import BLOCK, SEGMENT
 
+if TYPE_CHECKING:
+    from .convolution import Geometry
 
-@triton.jit
-def _tile(m, n, BM: tl.constexpr, BN: tl.constexpr):
-    """Rows and columns of this program; neighbours share columns, whose gathered operand is the larger one."""
-    tiles = tl.cdiv(m, BM)
-    rows = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    cols = (tl.program_id(0) // tiles) * BN + tl.arange(0, BN)
-    return rows, cols
+_LIMIT = 2**31 - 2**20  # elements that 32-bit offsets reach, tiles that stick out included
+_PARTIAL = 1 << 27  # elements of blocks' sums that are kept at once
 
 
-@triton.jit(do_not_specialize=["m", "n", "depth", "blocks"])
-def forward(
-    x, w, out, m, n, depth, blocks, channels, height, width, out_height, out_width, xn, xc, xh, xw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, KW: tl.constexpr, WHOLE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``out[block, image, group, row, pixel]``, from ``w[group, row, (tap, channel)]``; grid (tiles, groups * blocks).
-
-    `channels`, `m`: input and output channels of a group; `n`: images times pixels. `WHOLE`: BK divides `channels`, or
-    there is one tap. Gathered tiles are loaded columns first, so that neighbouring threads run along them.
-    """
-    rows, cols = _tile(m, n, BM, BN)
-    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
-    groups = tl.num_programs(1) // blocks
-    pixels = out_height * out_width
-    image, pixel = cols // pixels, cols % pixels
-    top, left = (pixel // out_width) * stride_h - pad_h, (pixel % out_width) * stride_w - pad_w
-    start = block * BLOCK
-    end = tl.minimum(start + BLOCK, depth)
-    a_rows = w + (group * m + rows)[:, None] * depth
-    x_cols = x + image * xn + group * channels * xc
-    total = tl.zeros([BM, BN], tl.float32)
-    chain = tl.zeros([BM, BN], tl.float32)
-    for first in range(start, end, BK):
-        ks = first + tl.arange(0, BK)
-        a = tl.load(a_rows + ks[None, :], mask=(rows[:, None] < m) & (ks[None, :] < end), other=0.0)
-        if WHOLE:
-            tap = first // channels
-            c = first % channels + tl.arange(0, BK)
-            y, z = top + (tap // KW) * dilation_h, left + (tap % KW) * dilation_w
-            there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (cols < n)
-            at = x_cols + y * xh + z * xw
-            b = tl.load(at[:, None] + (c * xc)[None, :], mask=there[:, None] & (ks < end)[None, :], other=0.0)
-        else:
-            tap, c = ks // channels, ks % channels
-            y = top[:, None] + ((tap // KW) * dilation_h)[None, :]
-            z = left[:, None] + ((tap % KW) * dilation_w)[None, :]
-            there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (cols < n)[:, None] & (ks < end)[None, :]
-            b = tl.load(x_cols[:, None] + (y * xh + z * xw + (c * xc)[None, :]), mask=there, other=0.0)
-        chain = tl.dot(a, tl.trans(b), chain, input_precision="ieee")
-        if (first + BK) % SEGMENT == 0:
-            total += chain
-            chain = tl.zeros([BM, BN], tl.float32)
-    total += chain
-    place = out + block * groups * m * n + (image * groups + group) * m * pixels + pixel
-    tl.store(place[None, :] + (rows * pixels)[:, None], total, mask=(rows[:, None] < m) & (cols[None, :] < n))
+def takes(g: Geometry) -> bool:
+    """Whether these kernels compute a convolution of this geometry."""
+    size = max(math.prod(g.spatial) * g.channels, g.pixels * g.out_channels) * g.batch
+    per = g.out_channels // g.groups
+    return len(g.kernel) == 2 and 0 < size < _LIMIT and g.taps * per * g.channels < _LIMIT and 0 < per <= BLOCK.value
 
 
-@triton.jit(do_not_specialize=["m", "n", "depth", "taps"])
-def input_gradient(
-    dy, w, out, m, n, depth, taps, all_taps, rows_h, rows_w, height, width, out_height, out_width,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, first_h, first_w, tap_h, tap_w, step_h, step_w,
-    taps_w, LONG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``out[image, group, row, y, x]`` at ``y = first_h + i * stride_h``, and x likewise; grid (tiles, groups).
+def _depthwise(g: Geometry) -> bool:
+    """Whether each channel is a group: too little for tiles of products."""
+    return g.groups > 1 and g.channels == g.groups == g.out_channels and g.taps <= SEGMENT.value
 
-    From ``w[group, tap, k, row]``. `m`, `depth`: input and output channels of a group; `n`: images times `rows_h` times
-    `rows_w` places, which `taps` of all kernel positions reach: every `step_h`-th from `tap_h`, and so on. `LONG`:
-    `depth` is longer than a segment.
-    """
-    rows, cols = _tile(m, n, BM, BN)
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    places = rows_h * rows_w
-    image, place = cols // places, cols % places
-    y, z = first_h + (place // rows_w) * stride_h, first_w + (place % rows_w) * stride_w
-    pixels = out_height * out_width
-    dy_cols = dy + (image * groups + group) * depth * pixels
-    steps = tl.cdiv(depth, BK)
-    result = tl.zeros([BM, BN], tl.float32)
-    total = tl.zeros([BM, BN], tl.float32)
-    chain = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, taps * steps):
-        number, first = step // steps, (step % steps) * BK
-        kh, kw = tap_h + (number // taps_w) * step_h, tap_w + (number % taps_w) * step_w
-        up, over = y + pad_h - kh * dilation_h, z + pad_w - kw * dilation_w
-        i, j = up // stride_h, over // stride_w
-        there = (up >= 0) & (i < out_height) & (over >= 0) & (j < out_width) & (cols < n)
-        ks = first + tl.arange(0, BK)
-        weights = w + (group * all_taps + kh * kernel_w + kw) * depth * m
-        a = tl.load(
-            weights + ks[None, :] * m + rows[:, None], mask=(rows[:, None] < m) & (ks[None, :] < depth), other=0.0
+
+def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """``[N, OC, OH, OW]`` of ``[N, C, H, W]`` with any strides and ``[OC, C / groups, KH, KW]``."""
+    out = x.new_empty(g.batch, g.out_channels, *g.out)
+    place = (*g.spatial, *g.out, *x.stride(), *g.stride, *g.padding, *g.dilation)
+    if _depthwise(g):
+        t = pick("depthwise", out.numel())
+        grid = (blocks_of(out.numel(), t.width),)
+        kernels.depthwise_forward[grid](
+            *(x, weight.contiguous(), out, out.numel(), g.taps, g.channels),
+            *(*place, g.kernel[1]),
+            W=t.width,
+            **launch_options(t),
         )
-        at = dy_cols + i * out_width + j
-        b = tl.load(at[:, None] + (ks * pixels)[None, :], mask=there[:, None] & (ks < depth)[None, :], other=0.0)
-        chain = tl.dot(a, tl.trans(b), chain, input_precision="ieee")
-        if LONG:
-            if (first + BK) % SEGMENT == 0 or first + BK >= depth:
-                total += chain
-                chain = tl.zeros([BM, BN], tl.float32)
-            if first + BK >= depth:
-                result += tl.where(there[None, :], total, 0.0)
-                total = tl.zeros([BM, BN], tl.float32)
-        else:
-            if first + BK >= depth:
-                result += tl.where(there[None, :], chain, 0.0)
-                chain = tl.zeros([BM, BN], tl.float32)
-    target = out + (image * groups + group) * m * height * width + y * width + z
-    tl.store(
-        target[None, :] + (rows * (height * width))[:, None], result, mask=(rows[:, None] < m) & (cols[None, :] < n)
+        return out
+    m, n, per = g.out_channels // g.groups, g.batch * g.pixels, g.channels // g.groups
+    t, blocks = pick("convolution", m, n), blocks_of(g.depth, BLOCK.value)
+    made = out if blocks == 1 else x.new_empty(blocks, *out.shape)
+    kernels.forward[_grid(m, n, t), g.groups * blocks](
+        *(x, g.weight_matrix(weight), made, m, n, g.depth, blocks, per, *place),
+        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1},
+        **_tiles(t),
     )
+    return out if blocks == 1 else fold(made.view(1, blocks, -1)).view(out.shape)
 
 
-@triton.jit(do_not_specialize=["m", "n", "depth", "blocks", "skip"])
-def weight_gradient(
-    x, dy, out, m, n, depth, blocks, skip, channels, height, width, out_width, pixels, xn, xc, xh, xw, dn, dc, dp,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, WHOLE: tl.constexpr, SPAN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``out[group, block, row, (tap, channel)]``: sums of SPAN values of k, which runs over images, then pixels.
-
-    `m`, `channels`: output and input channels of a group; grid (tiles, groups * blocks), whose first block is `skip`.
-    `WHOLE`: BK divides `pixels`.
-    """
-    rows, cols = _tile(m, n, BM, BN)
-    group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks + skip
-    start = block * SPAN
-    end = tl.minimum(start + SPAN, depth)
-    tap, c = cols // channels, cols % channels
-    top, left = (tap // kernel_w) * dilation_h - pad_h, (tap % kernel_w) * dilation_w - pad_w
-    x_cols = x + (group * channels + c) * xc
-    dy_rows = dy + (group * m + rows) * dc
-    total = tl.zeros([BM, BN], tl.float32)
-    chain = tl.zeros([BM, BN], tl.float32)
-    for first in range(start, end, BK):
-        if WHOLE:
-            image = first // pixels
-            pixel = first % pixels + tl.arange(0, BK)
-        else:
-            image = (first + tl.arange(0, BK)) // pixels
-            pixel = (first + tl.arange(0, BK)) % pixels
-        inside = first + tl.arange(0, BK) < end
-        a = tl.load(
-            dy_rows[:, None] + (image * dn + pixel * dp)[None, :], mask=(rows[:, None] < m) & inside[None, :], other=0.0
+def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """``[N, C, H, W]`` of ``[N, OC, OH, OW]`` and the weight."""
+    if _depthwise(g):
+        out = dy.new_empty(g.batch, g.channels, *g.spatial)
+        t = pick("depthwise", out.numel())
+        kernels.depthwise_input_gradient[(blocks_of(out.numel(), t.width),)](
+            *(dy, weight.contiguous(), out, out.numel(), g.taps, g.channels, *g.spatial, *g.out, *dy.stride()),
+            *(*g.stride, *g.padding, *g.dilation, g.kernel[1]),
+            W=t.width,
+            **launch_options(t),
         )
-        y = ((pixel // out_width) * stride_h)[:, None] + top[None, :]
-        z = ((pixel % out_width) * stride_w)[:, None] + left[None, :]
-        there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & inside[:, None] & (cols < n)[None, :]
-        images = image * xn + tl.zeros([BK], tl.int32)
-        b = tl.load(x_cols[None, :] + (images[:, None] + y * xh + z * xw), mask=there, other=0.0)
-        chain = tl.dot(a, b, chain, input_precision="ieee")
-        if (first + BK) % SEGMENT == 0:
-            total += chain
-            chain = tl.zeros([BM, BN], tl.float32)
-    total += chain
-    place = out + tl.program_id(1).to(tl.int64) * m * n + rows[:, None] * n + cols[None, :]
-    tl.store(place, total, mask=(rows[:, None] < m) & (cols[None, :] < n))
+        return out
+    dy = dy.contiguous()
+    m, depth = g.channels // g.groups, g.out_channels // g.groups
+    # [groups, taps, output channels, input channels]
+    matrix = weight.reshape(g.groups, depth, m, g.taps).permute(0, 3, 1, 2).contiguous()
+    everywhere = all(s == 1 for s in g.stride)
+    out = (dy.new_empty if everywhere else dy.new_zeros)(g.batch, g.channels, *g.spatial)
+    for first_h in range(min(g.stride[0], g.spatial[0])):
+        for first_w in range(min(g.stride[1], g.spatial[1])):
+            tap_h, step_h, taps_h = _reached_by(first_h, 0, g)
+            tap_w, step_w, taps_w = _reached_by(first_w, 1, g)
+            if taps_h * taps_w == 0:
+                continue
+            rows_h, rows_w = (
+                blocks_of(g.spatial[0] - first_h, g.stride[0]),
+                blocks_of(g.spatial[1] - first_w, g.stride[1]),
+            )
+            n = g.batch * rows_h * rows_w
+            t = pick("input_gradient", m, n)
+            kernels.input_gradient[_grid(m, n, t), g.groups](
+                *(dy, matrix, out, m, n, depth, taps_h * taps_w, g.taps, rows_h, rows_w, *g.spatial, *g.out),
+                *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
+                *(tap_h, tap_w, step_h, step_w, taps_w),
+                LONG=depth > SEGMENT.value,
+                **_tiles(t),
+            )
+    return out
 
 
-@triton.jit(do_not_specialize=["n", "taps"])
-def depthwise_forward(
-    x, w, out, n, taps, channels, height, width, out_height, out_width, xn, xc, xh, xw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, kernel_w, W: tl.constexpr,
-):  # fmt: skip
-    """``out[image, channel, pixel]``, `n` elements, where each channel is a group; grid (strips)."""
-    at = tl.program_id(0) * W + tl.arange(0, W)
-    pixels = out_height * out_width
-    plane, pixel = at // pixels, at % pixels
-    image, channel = plane // channels, plane % channels
-    top, left = (pixel // out_width) * stride_h - pad_h, (pixel % out_width) * stride_w - pad_w
-    chain = tl.zeros([W], tl.float32)
-    for tap in range(0, taps):
-        y, z = top + (tap // kernel_w) * dilation_h, left + (tap % kernel_w) * dilation_w
-        there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (at < n)
-        weight = tl.load(w + channel * taps + tap, mask=at < n, other=0.0)
-        chain = tl.fma(tl.load(x + image * xn + channel * xc + y * xh + z * xw, mask=there, other=0.0), weight, chain)
-    tl.store(out + at, chain + 0.0, mask=at < n)
+def _reached_by(first: int, dim: int, g: Geometry) -> tuple[int, int, int]:
+    """Kernel positions that reach the places ``first + i * stride``: the first, the step to the next, and how many."""
+    size, stride, dilation = g.kernel[dim], g.stride[dim], g.dilation[dim]
+    found = [k for k in range(size) if (first + g.padding[dim] - k * dilation) % stride == 0]
+    return (found[0], stride // math.gcd(stride, dilation), len(found)) if found else (0, 1, 0)
 
 
-@triton.jit(do_not_specialize=["n", "taps"])
-def depthwise_input_gradient(
-    dy, w, out, n, taps, channels, height, width, out_height, out_width, dn, dc, dh, dw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, kernel_w, W: tl.constexpr,
-):  # fmt: skip
-    """``out[image, channel, y, x]``, `n` elements, where each channel is a group; grid (strips)."""
-    at = tl.program_id(0) * W + tl.arange(0, W)
-    plane, place = at // (height * width), at % (height * width)
-    image, channel = plane // channels, plane % channels
-    y, z = place // width, place % width
-    result = tl.zeros([W], tl.float32)
-    for tap in range(0, taps):
-        up, over = y + pad_h - (tap // kernel_w) * dilation_h, z + pad_w - (tap % kernel_w) * dilation_w
-        i, j = up // stride_h, over // stride_w
-        there = (up >= 0) & (i * stride_h == up) & (i < out_height) & (over >= 0) & (j * stride_w == over)
-        there = there & (j < out_width) & (at < n)
-        weight = tl.load(w + channel * taps + tap, mask=at < n, other=0.0)
-        gradient = tl.load(dy + image * dn + channel * dc + i * dh + j * dw, mask=there, other=0.0)
-        result += tl.where(there, gradient * weight, 0.0)
-    tl.store(out + at, result, mask=at < n)
-
-
-@triton.jit(do_not_specialize=["depth"])
-def depthwise_weight_gradient(
-    x, dy, out, depth, channels, height, width, out_width, pixels, xn, xc, xh, xw, dn, dc, dh, dw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, kernel_w, S: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """``out[segment, tap, channel]``: chains of the segments of k; grid (channels / W, segments / S, taps)."""
-    channel = tl.program_id(0) * W + tl.arange(0, W)[None, :]
-    segment = tl.program_id(1) * S + tl.arange(0, S)[:, None]
-    tap = tl.program_id(2)
-    top, left = (tap // kernel_w) * dilation_h - pad_h, (tap % kernel_w) * dilation_w - pad_w
-    chain = tl.zeros([S, W], tl.float32)
-    for i in range(0, tl.minimum(depth, SEGMENT)):
-        k = segment * SEGMENT + i
-        inside = (k < depth) & (channel < channels)
-        image, pixel = k // pixels, k % pixels
-        row, column = pixel // out_width, pixel % out_width
-        y, z = row * stride_h + top, column * stride_w + left
-        there = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        gradient = tl.load(dy + channel * dc + (image * dn + row * dh + column * dw), mask=inside, other=0.0)
-        chain = tl.fma(
-            gradient, tl.load(x + channel * xc + (image * xn + y * xh + z * xw), mask=there, other=0.0), chain
+def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
+    """``[OC, C / groups, KH, KW]`` of ``[N, C, H, W]`` and ``[N, OC, OH, OW]``."""
+    x, dy = (v.permute(0, 2, 3, 1).contiguous() for v in (x, dy))  # channels last, which tiles run along
+    per, m, depth = g.channels // g.groups, g.out_channels // g.groups, g.batch * g.pixels
+    n, c, oc = g.taps * per, g.channels, g.out_channels
+    x_strides = (g.spatial[0] * g.spatial[1] * c, 1, g.spatial[1] * c, c)
+    place = (*g.stride, *g.padding, *g.dilation, g.kernel[1])
+    if _depthwise(g):
+        segments, each = blocks_of(depth, SEGMENT.value), BLOCK.value // SEGMENT.value
+        sums = x.new_zeros(blocks_of(segments, each) * each, g.taps, c)
+        t = pick("depthwise", c)
+        kernels.depthwise_weight_gradient[blocks_of(c, 32), blocks_of(segments, 8), g.taps](
+            *(x, dy, sums, depth, c, *g.spatial, g.out[1], g.pixels, *x_strides),
+            *(g.pixels * oc, 1, g.out[1] * oc, oc, *place),
+            **{"S": 8, "W": 32},
+            **launch_options(t),
         )
-    place = out + (segment * tl.num_programs(2) + tap) * channels + channel
-    tl.store(place, chain, mask=(segment * SEGMENT < depth) & (channel < channels))
+        folded = fold(fold(sums.view(-1, each, g.taps * c))[None])
+        return folded.view(g.taps, c).t().reshape(c, 1, *g.kernel)
+    t = pick("weight_gradient", m, n)
+    span = span_of(depth, g.groups * _grid(m, n, t))
+    blocks, each = blocks_of(depth, span), BLOCK.value // span
+    at_once = max(1, _PARTIAL // (g.groups * m * n * each)) * each
+    total: Tensor | None = None
+    for skip in range(0, blocks, at_once):
+        there = min(at_once, blocks - skip)
+        sums = x.new_empty(g.groups, there, m * n)
+        kernels.weight_gradient[_grid(m, n, t), g.groups * there](
+            *(x, dy, sums, m, n, depth, there, skip, per, *g.spatial, g.out[1], g.pixels, *x_strides),
+            *(g.pixels * oc, 1, oc, *place),
+            **{"WHOLE": g.pixels % t.k == 0, "SPAN": span},
+            **_tiles(t),
+        )
+        total = fold_spans(sums, each, total)
+    assert total is not None
+    return total.view(oc, *g.kernel, per).permute(0, 3, 1, 2).contiguous()
+
+
+def _grid(m: int, n: int, t: Tiles) -> int:
+    return blocks_of(m, t.m) * blocks_of(n, t.n)
+
+
+def _tiles(t: Tiles) -> dict[str, int | bool]:
+    return {"BM": t.m, "BN": t.n, "BK": t.k, **launch_options(t)}
