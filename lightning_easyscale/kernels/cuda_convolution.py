@@ -30,11 +30,16 @@ def _depthwise(g: Geometry) -> bool:
     return g.groups > 1 and g.channels == g.groups == g.out_channels and g.taps <= SEGMENT.value
 
 
+def _flat(g: Geometry) -> bool:
+    """Whether each pixel comes from the pixel in its place."""
+    return g.taps == 1 and all(s == 1 for s in g.stride) and not any(g.padding)
+
+
 def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """``[N, OC, OH, OW]`` of ``[N, C, H, W]`` with any strides and ``[OC, C / groups, KH, KW]``."""
     out = x.new_empty(g.batch, g.out_channels, *g.out)
-    place = (*g.spatial, *g.out, *x.stride(), *g.stride, *g.padding, *g.dilation)
     if _depthwise(g):
+        place = (*g.spatial, *g.out, *x.stride(), *g.stride, *g.padding, *g.dilation)
         t = pick("depthwise", out.numel())
         grid = (blocks_of(out.numel(), t.width),)
         kernels.depthwise_forward[grid](
@@ -44,12 +49,14 @@ def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
             **launch_options(t),
         )
         return out
+    flat = _flat(g) and x.stride()[2:] == (g.spatial[1], 1)
+    place = (*g.spatial, g.pixels, g.out[1], *x.stride(), *g.stride, *g.padding, *g.dilation)
     m, n, per = g.out_channels // g.groups, g.batch * g.pixels, g.channels // g.groups
-    t, blocks = pick("convolution", m, n), blocks_of(g.depth, BLOCK.value)
+    t, blocks = pick("forward", m, n), blocks_of(g.depth, BLOCK.value)
     made = out if blocks == 1 else x.new_empty(blocks, *out.shape)
     kernels.forward[_grid(m, n, t), g.groups * blocks](
         *(x, g.weight_matrix(weight), made, m, n, g.depth, blocks, per, *place),
-        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1},
+        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1, "FLAT": flat, "ALIGNED": math.gcd(g.pixels, 16)},
         **_tiles(t),
     )
     return out if blocks == 1 else fold(made.view(1, blocks, -1)).view(out.shape)
@@ -86,10 +93,10 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
             n = g.batch * rows_h * rows_w
             t = pick("input_gradient", m, n)
             kernels.input_gradient[_grid(m, n, t), g.groups](
-                *(dy, matrix, out, m, n, depth, taps_h * taps_w, g.taps, rows_h, rows_w, *g.spatial, *g.out),
+                *(dy, matrix, out, m, n, depth, taps_h * taps_w, g.taps, rows_h * rows_w, rows_w, *g.spatial, *g.out),
                 *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
                 *(tap_h, tap_w, step_h, step_w, taps_w),
-                LONG=depth > SEGMENT.value,
+                **{"LONG": depth > SEGMENT.value, "FLAT": _flat(g), "ALIGNED": math.gcd(rows_h * rows_w, 16)},
                 **_tiles(t),
             )
     return out

@@ -21,21 +21,22 @@ def _tile(m, n, BM: tl.constexpr, BN: tl.constexpr):
     return rows, cols
 
 
-@triton.jit(do_not_specialize=["m", "n", "depth", "blocks"])
+@triton.jit(do_not_specialize=["m", "n", "depth", "blocks", "pixels"])
 def forward(
-    x, w, out, m, n, depth, blocks, channels, height, width, out_height, out_width, xn, xc, xh, xw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, KW: tl.constexpr, WHOLE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w, out, m, n, depth, blocks, channels, height, width, pixels, out_width, xn, xc, xh, xw, stride_h, stride_w,
+    pad_h, pad_w, dilation_h, dilation_w, KW: tl.constexpr, WHOLE: tl.constexpr, FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``out[block, image, group, row, pixel]``, from ``w[group, row, (tap, channel)]``; grid (tiles, groups * blocks).
 
     `channels`, `m`: input and output channels of a group; `n`: images times pixels. `WHOLE`: BK divides `channels`, or
-    there is one tap. Gathered tiles are loaded columns first, so that neighbouring threads run along them.
+    there is one tap. `FLAT`: each pixel is made from the pixel in its place. `ALIGNED`: divides the number of pixels.
+    Gathered tiles are loaded columns first, so that neighbouring threads run along them.
     """
+    n, pixels = tl.multiple_of(n, ALIGNED), tl.multiple_of(pixels, ALIGNED)
     rows, cols = _tile(m, n, BM, BN)
     group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     groups = tl.num_programs(1) // blocks
-    pixels = out_height * out_width
     image, pixel = cols // pixels, cols % pixels
     top, left = (pixel // out_width) * stride_h - pad_h, (pixel % out_width) * stride_w - pad_w
     start = block * BLOCK
@@ -47,7 +48,10 @@ def forward(
     for first in range(start, end, BK):
         ks = first + tl.arange(0, BK)
         a = tl.load(a_rows + ks[None, :], mask=(rows[:, None] < m) & (ks[None, :] < end), other=0.0)
-        if WHOLE:
+        if FLAT:
+            at = x_cols + pixel
+            b = tl.load(at[:, None] + (ks * xc)[None, :], mask=(cols < n)[:, None] & (ks < end)[None, :], other=0.0)
+        elif WHOLE:
             tap = first // channels
             c = first % channels + tl.arange(0, BK)
             y, z = top + (tap // KW) * dilation_h, left + (tap % KW) * dilation_w
@@ -69,21 +73,22 @@ def forward(
     tl.store(place[None, :] + (rows * pixels)[:, None], total, mask=(rows[:, None] < m) & (cols[None, :] < n))
 
 
-@triton.jit(do_not_specialize=["m", "n", "depth", "taps"])
+@triton.jit(do_not_specialize=["m", "n", "depth", "taps", "places"])
 def input_gradient(
-    dy, w, out, m, n, depth, taps, all_taps, rows_h, rows_w, height, width, out_height, out_width,
+    dy, w, out, m, n, depth, taps, all_taps, places, rows_w, height, width, out_height, out_width,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, first_h, first_w, tap_h, tap_w, step_h, step_w,
-    taps_w, LONG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    taps_w, LONG: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``out[image, group, row, y, x]`` at ``y = first_h + i * stride_h``, and x likewise; grid (tiles, groups).
 
-    From ``w[group, tap, k, row]``. `m`, `depth`: input and output channels of a group; `n`: images times `rows_h` times
-    `rows_w` places, which `taps` of all kernel positions reach: every `step_h`-th from `tap_h`, and so on. `LONG`:
-    `depth` is longer than a segment.
+    From ``w[group, tap, k, row]``. `m`, `depth`: input and output channels of a group; `n`: images times `places`, in
+    rows of `rows_w`, which `taps` of all kernel positions reach: every `step_h`-th from `tap_h`, and so on. `LONG`:
+    `depth` is longer than a segment. `FLAT`, `ALIGNED`: as in `forward`, the latter of places.
     """
+    n, places = tl.multiple_of(n, ALIGNED), tl.multiple_of(places, ALIGNED)
     rows, cols = _tile(m, n, BM, BN)
     group, groups = tl.program_id(1), tl.num_programs(1)
-    places = rows_h * rows_w
     image, place = cols // places, cols % places
     y, z = first_h + (place // rows_w) * stride_h, first_w + (place % rows_w) * stride_w
     pixels = out_height * out_width
@@ -97,13 +102,15 @@ def input_gradient(
         kh, kw = tap_h + (number // taps_w) * step_h, tap_w + (number % taps_w) * step_w
         up, over = y + pad_h - kh * dilation_h, z + pad_w - kw * dilation_w
         i, j = up // stride_h, over // stride_w
-        there = (up >= 0) & (i < out_height) & (over >= 0) & (j < out_width) & (cols < n)
+        there = cols < n
+        if not FLAT:
+            there = there & (up >= 0) & (i < out_height) & (over >= 0) & (j < out_width)
         ks = first + tl.arange(0, BK)
         weights = w + (group * all_taps + kh * kernel_w + kw) * depth * m
         a = tl.load(
             weights + ks[None, :] * m + rows[:, None], mask=(rows[:, None] < m) & (ks[None, :] < depth), other=0.0
         )
-        at = dy_cols + i * out_width + j
+        at = dy_cols + (place if FLAT else i * out_width + j)
         b = tl.load(at[:, None] + (ks * pixels)[None, :], mask=there[:, None] & (ks < depth)[None, :], other=0.0)
         chain = tl.dot(a, tl.trans(b), chain, input_precision="ieee")
         if LONG:
@@ -117,10 +124,9 @@ def input_gradient(
             if first + BK >= depth:
                 result += tl.where(there[None, :], chain, 0.0)
                 chain = tl.zeros([BM, BN], tl.float32)
-    target = out + (image * groups + group) * m * height * width + y * width + z
-    tl.store(
-        target[None, :] + (rows * (height * width))[:, None], result, mask=(rows[:, None] < m) & (cols[None, :] < n)
-    )
+    size = places if FLAT else height * width
+    target = out + (image * groups + group) * m * size + (place if FLAT else y * width + z)
+    tl.store(target[None, :] + (rows * size)[:, None], result, mask=(rows[:, None] < m) & (cols[None, :] < n))
 
 
 @triton.jit(do_not_specialize=["m", "n", "depth", "blocks", "skip"])
