@@ -92,7 +92,7 @@ def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     partial = a.new_empty(batch, spans, m * n)
     kernels.matmul[tiles, batch * spans](
         *(a, b, partial, m, n, k, spans, *a.stride(), *b.stride()),
-        **{"SPAN": span, "ALIGNED": math.gcd(n, 16), "BM": t.m, "BN": t.n, "BK": t.k},
+        **{"SPAN": span, "COLS": math.gcd(n, 16), "DEEP": math.gcd(k, 16), "BM": t.m, "BN": t.n, "BK": t.k},
         **launch_options(t),
     )
     return fold_spans(partial, kernels.BLOCK.value // span, into).view(batch, m, n)

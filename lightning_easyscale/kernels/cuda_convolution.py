@@ -56,7 +56,8 @@ def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     made = out if blocks == 1 else x.new_empty(blocks, *out.shape)
     kernels.forward[_grid(m, n, t), g.groups * blocks](
         *(x, g.weight_matrix(weight), made, m, n, g.depth, blocks, per, *place),
-        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1, "FLAT": flat, "ALIGNED": math.gcd(g.pixels, 16)},
+        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1, "FLAT": flat},
+        **{"ALIGNED": math.gcd(g.pixels, 16), "DEEP": math.gcd(g.depth, 16)},
         **_tiles(t),
     )
     return out if blocks == 1 else fold(made.view(1, blocks, -1)).view(out.shape)
@@ -97,6 +98,7 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
                 *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
                 *(tap_h, tap_w, step_h, step_w, taps_w),
                 **{"LONG": depth > SEGMENT.value, "FLAT": _flat(g), "ALIGNED": math.gcd(rows_h * rows_w, 16)},
+                ROWS=math.gcd(m, 16),
                 **_tiles(t),
             )
     return out
@@ -139,7 +141,7 @@ def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
         kernels.weight_gradient[_grid(m, n, t), g.groups * there](
             *(x, dy, sums, m, n, depth, there, skip, per, *g.spatial, g.out[1], g.pixels, *x_strides),
             *(g.pixels * oc, 1, oc, *place),
-            **{"WHOLE": g.pixels % t.k == 0, "SPAN": span},
+            **{"WHOLE": g.pixels % t.k == 0, "SPAN": span, "ROWS": math.gcd(m, 16), "COLS": math.gcd(per, 16)},
             **_tiles(t),
         )
         total = fold_spans(sums, each, total)

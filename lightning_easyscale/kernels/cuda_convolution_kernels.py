@@ -25,15 +25,15 @@ def _tile(m, n, BM: tl.constexpr, BN: tl.constexpr):
 def forward(
     x, w, out, m, n, depth, blocks, channels, height, width, pixels, out_width, xn, xc, xh, xw, stride_h, stride_w,
     pad_h, pad_w, dilation_h, dilation_w, KW: tl.constexpr, WHOLE: tl.constexpr, FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ALIGNED: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``out[block, image, group, row, pixel]``, from ``w[group, row, (tap, channel)]``; grid (tiles, groups * blocks).
 
     `channels`, `m`: input and output channels of a group; `n`: images times pixels. `WHOLE`: BK divides `channels`, or
-    there is one tap. `FLAT`: each pixel is made from the pixel in its place. `ALIGNED`: divides the number of pixels.
-    Gathered tiles are loaded columns first, so that neighbouring threads run along them.
+    there is one tap. `FLAT`: each pixel is made from the pixel in its place. `ALIGNED` divides the number of pixels,
+    `DEEP` the depth.
     """
-    n, pixels = tl.multiple_of(n, ALIGNED), tl.multiple_of(pixels, ALIGNED)
+    n, pixels, depth = n // ALIGNED * ALIGNED, pixels // ALIGNED * ALIGNED, depth // DEEP * DEEP
     rows, cols = _tile(m, n, BM, BN)
     group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
     groups = tl.num_programs(1) // blocks
@@ -50,21 +50,21 @@ def forward(
         a = tl.load(a_rows + ks[None, :], mask=(rows[:, None] < m) & (ks[None, :] < end), other=0.0)
         if FLAT:
             at = x_cols + pixel
-            b = tl.load(at[:, None] + (ks * xc)[None, :], mask=(cols < n)[:, None] & (ks < end)[None, :], other=0.0)
+            b = tl.load(at[None, :] + (ks * xc)[:, None], mask=(cols < n)[None, :] & (ks < end)[:, None], other=0.0)
         elif WHOLE:
             tap = first // channels
             c = first % channels + tl.arange(0, BK)
             y, z = top + (tap // KW) * dilation_h, left + (tap % KW) * dilation_w
             there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (cols < n)
             at = x_cols + y * xh + z * xw
-            b = tl.load(at[:, None] + (c * xc)[None, :], mask=there[:, None] & (ks < end)[None, :], other=0.0)
+            b = tl.load(at[None, :] + (c * xc)[:, None], mask=there[None, :] & (ks < end)[:, None], other=0.0)
         else:
             tap, c = ks // channels, ks % channels
-            y = top[:, None] + ((tap // KW) * dilation_h)[None, :]
-            z = left[:, None] + ((tap % KW) * dilation_w)[None, :]
-            there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (cols < n)[:, None] & (ks < end)[None, :]
-            b = tl.load(x_cols[:, None] + (y * xh + z * xw + (c * xc)[None, :]), mask=there, other=0.0)
-        chain = tl.dot(a, tl.trans(b), chain, input_precision="ieee")
+            y = top[None, :] + ((tap // KW) * dilation_h)[:, None]
+            z = left[None, :] + ((tap % KW) * dilation_w)[:, None]
+            there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (cols < n)[None, :] & (ks < end)[:, None]
+            b = tl.load(x_cols[None, :] + (y * xh + z * xw + (c * xc)[:, None]), mask=there, other=0.0)
+        chain = tl.dot(a, b, chain, input_precision="ieee")
         if (first + BK) % SEGMENT == 0:
             total += chain
             chain = tl.zeros([BM, BN], tl.float32)
@@ -77,16 +77,16 @@ def forward(
 def input_gradient(
     dy, w, out, m, n, depth, taps, all_taps, places, rows_w, height, width, out_height, out_width,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, first_h, first_w, tap_h, tap_w, step_h, step_w,
-    taps_w, LONG: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
+    taps_w, LONG: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``out[image, group, row, y, x]`` at ``y = first_h + i * stride_h``, and x likewise; grid (tiles, groups).
 
     From ``w[group, tap, k, row]``. `m`, `depth`: input and output channels of a group; `n`: images times `places`, in
     rows of `rows_w`, which `taps` of all kernel positions reach: every `step_h`-th from `tap_h`, and so on. `LONG`:
-    `depth` is longer than a segment. `FLAT`, `ALIGNED`: as in `forward`, the latter of places.
+    `depth` is longer than a segment. `FLAT`, `ALIGNED`: as in `forward`, the latter of places. `ROWS` divides m.
     """
-    n, places = tl.multiple_of(n, ALIGNED), tl.multiple_of(places, ALIGNED)
+    n, places, m = n // ALIGNED * ALIGNED, places // ALIGNED * ALIGNED, m // ROWS * ROWS
     rows, cols = _tile(m, n, BM, BN)
     group, groups = tl.program_id(1), tl.num_programs(1)
     image, place = cols // places, cols % places
@@ -111,8 +111,8 @@ def input_gradient(
             weights + ks[None, :] * m + rows[:, None], mask=(rows[:, None] < m) & (ks[None, :] < depth), other=0.0
         )
         at = dy_cols + (place if FLAT else i * out_width + j)
-        b = tl.load(at[:, None] + (ks * pixels)[None, :], mask=there[:, None] & (ks < depth)[None, :], other=0.0)
-        chain = tl.dot(a, tl.trans(b), chain, input_precision="ieee")
+        b = tl.load(at[None, :] + (ks * pixels)[:, None], mask=there[None, :] & (ks < depth)[:, None], other=0.0)
+        chain = tl.dot(a, b, chain, input_precision="ieee")
         if LONG:
             if (first + BK) % SEGMENT == 0 or first + BK >= depth:
                 total += chain
@@ -132,14 +132,15 @@ def input_gradient(
 @triton.jit(do_not_specialize=["m", "n", "depth", "blocks", "skip"])
 def weight_gradient(
     x, dy, out, m, n, depth, blocks, skip, channels, height, width, out_width, pixels, xn, xc, xh, xw, dn, dc, dp,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, WHOLE: tl.constexpr, SPAN: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w,
+    WHOLE: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``out[group, block, row, (tap, channel)]``: sums of SPAN values of k, which runs over images, then pixels.
 
     `m`, `channels`: output and input channels of a group; grid (tiles, groups * blocks), whose first block is `skip`.
-    `WHOLE`: BK divides `pixels`.
+    `WHOLE`: BK divides `pixels`. `ROWS` divides m, `COLS` divides `channels`; neighbours are next to each other.
     """
+    m, n, channels = m // ROWS * ROWS, n // COLS * COLS, channels // COLS * COLS
     rows, cols = _tile(m, n, BM, BN)
     group, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks + skip
     start = block * SPAN

@@ -22,14 +22,14 @@ SUM_BLOCK: tl.constexpr = tl.constexpr(4096)
 
 @triton.jit(do_not_specialize=["m", "n", "k", "blocks"])
 def matmul(
-    a, b, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, SPAN: tl.constexpr, ALIGNED: tl.constexpr,
+    a, b, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, SPAN: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the sum of SPAN values of k, a block or a segment: ``out[batch, span, m, n]``.
 
-    Grid (tiles, batch * blocks), where `blocks` is the number of spans. `ALIGNED` divides n.
+    Grid (tiles, batch * blocks), where `blocks` is the number of spans. `COLS` divides n, `DEEP` divides k.
     """
-    n = tl.multiple_of(n, ALIGNED)
+    n, k = n // COLS * COLS, k // DEEP * DEEP
     columns = tl.cdiv(n, BN)
     rows = (tl.program_id(0) // columns).to(tl.int64) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) % columns).to(tl.int64) * BN + tl.arange(0, BN)
