@@ -54,6 +54,8 @@ def pick(kind: str, m: int, n: int = 1) -> Tiles:
     """The tiles of a launch of a kind of kernel whose result has m rows and n columns; chosen on an H100."""
     if _forced is not None:
         return _forced
+    if kind == "rows":
+        return Tiles(warps=1, stages=3)  # with more, the tree of lanes does not fit the registers
     few = blocks_of(m, 64) * blocks_of(n, 128) < _ENOUGH
     if kind == "forward" and m > 32:
         return Tiles(64, 64, 32, 4, 3) if few else Tiles(64, 256, 16, 8, 3)

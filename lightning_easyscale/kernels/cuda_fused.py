@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from . import cuda_fused_kernels as kernels
-from .cuda import Tiles, blocks_of, launch_options, pick, sum_middle
+from .cuda import blocks_of, launch_options, pick, sum_middle
 from .cuda_kernels import SUM_BLOCK
 
+_MANY = 4096  # rows that keep a device busy two by two
 ACTIVATIONS = ("gelu", "gelu by tanh", "silu", "sigmoid")
 
 
-def _units(t: Tiles, count: int) -> int:
-    """Rows of a program, so that there are enough programs."""
-    return max(1, t.width // 256) if count >= 4 * t.width else 1
+def _units(count: int) -> int:
+    """Rows of a program."""
+    return 2 if count >= _MANY else 1
 
 
 def takes_rows(length: int) -> bool:
@@ -36,7 +37,7 @@ def softmax(x: Tensor, *, log: bool) -> Tensor:
     x = x.contiguous()
     out, rows = torch.empty_like(x), x.numel() // x.shape[-1]
     t = pick("rows", rows)
-    u = _units(t, rows)
+    u = _units(rows)
     kernels.softmax[(blocks_of(rows, u),)](x, out, rows, x.shape[-1], LOG=log, U=u, **launch_options(t))
     return out
 
@@ -46,7 +47,7 @@ def softmax_backward(dy: Tensor, y: Tensor, *, log: bool) -> Tensor:
     dy, y = dy.contiguous(), y.contiguous()
     out, rows = torch.empty_like(y), y.numel() // y.shape[-1]
     t = pick("rows", rows)
-    u = _units(t, rows)
+    u = _units(rows)
     kernels.softmax_backward[(blocks_of(rows, u),)](dy, y, out, rows, y.shape[-1], LOG=log, U=u, **launch_options(t))
     return out
 
@@ -58,7 +59,7 @@ def layer_norm(
     x, rows = x.contiguous(), x.numel() // length
     out, moments = torch.empty_like(x), x.new_empty(2, rows)
     t = pick("rows", rows)
-    u = _units(t, rows)
+    u = _units(rows)
     kernels.layer_norm[(blocks_of(rows, u),)](
         *(x, _dense(weight, x), _dense(bias, x), out, moments[0], moments[1], rows, length, float(length), eps),
         **{"WEIGHT": weight is not None, "BIAS": bias is not None, "U": u},
@@ -74,7 +75,7 @@ def layer_norm_backward(
     dy, x, rows = dy.contiguous(), x.contiguous(), x.numel() // length
     out, products = torch.empty_like(x), torch.empty_like(x)
     t = pick("rows", rows)
-    u = _units(t, rows)
+    u = _units(rows)
     kernels.layer_norm_backward[(blocks_of(rows, u),)](
         *(dy, x, mean.contiguous(), inverse.contiguous(), _dense(weight, x), out, products),
         *(rows, length, float(length)),
@@ -93,13 +94,13 @@ class _Channels:
         self.rows = x.shape[0] * self.inner
         self.blocks = blocks_of(self.rows, SUM_BLOCK.value)
         self.units = self.channels * self.blocks
-        self.tiles = pick("channels", self.units)
+        self.tiles = pick("rows", self.units)
 
     def sums(
         self, x: Tensor, kind: int, dy: Tensor, means: Tensor, inverses: Tensor, weight: Tensor | None = None
     ) -> Tensor:
         out = x.new_empty(4 if kind == 2 else 1, self.units)
-        u = _units(self.tiles, self.units)
+        u = _units(self.units)
         kernels.channel_sums[(blocks_of(self.units, u),)](
             *(x, dy, means, inverses, _dense(weight, x), out),
             *(self.channels, self.inner, self.rows, self.blocks, self.units),
