@@ -51,6 +51,23 @@ def tree_sum(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
     return made.view(shape).to(dtype or x.dtype)
 
 
+def product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``aten::prod``: the first half of the elements times the second, until one is left; a last odd one waits."""
+    target = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    if not target.is_floating_point:
+        return torch.prod(x, dtype=target) if dim is None else torch.prod(x, dim, keepdim, dtype=target)
+    left = x.float().flatten() if dim is None else x.float().movedim(dim, -1)
+    if left.shape[-1] == 0:
+        made = left.new_ones(left.shape[:-1])
+    else:
+        while (size := left.shape[-1]) > 1:
+            half = size // 2
+            pairs = left[..., :half] * left[..., half : 2 * half]
+            left = torch.cat([pairs, left[..., 2 * half :]], -1) if size % 2 else pairs
+        made = left.squeeze(-1)
+    return (made.unsqueeze(dim) if keepdim and dim is not None else made).to(target)
+
+
 def _count(x: Tensor, dim: Dims) -> int:
     return math.prod(x.shape[d] for d in _dims(x, dim)) if x.dim() else 1
 

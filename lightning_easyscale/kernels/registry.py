@@ -66,6 +66,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "convolution_overrideable": convolution.convolution,
     "convolution_backward": convolution.convolution_backward,
     "sum": reductions.tree_sum,
+    "prod": reductions.product,
     "mean": reductions.mean,
     "var": reductions.var,
     "var_mean": reductions.var_mean,
