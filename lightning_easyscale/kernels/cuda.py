@@ -57,6 +57,8 @@ def pick(kind: str, m: int, n: int = 1) -> Tiles:
     if kind == "rows":
         return Tiles(warps=1, stages=3)  # with more, the tree of lanes does not fit the registers
     few = blocks_of(m, 64) * blocks_of(n, 128) < _ENOUGH
+    if kind == "matmul" and m > 32:
+        return Tiles(64, 64, 32, 4, 3) if n > 32 else Tiles(32, 32, 32, 2, 3)
     if kind == "forward" and m > 32:
         return Tiles(64, 64, 32, 4, 3) if few else Tiles(64, 256, 16, 8, 3)
     if kind == "weight_gradient" and m > 64:
@@ -87,6 +89,8 @@ def span_of(k: int, programs: int) -> int:
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """Batched product; see `primitives.matmul`."""
     (batch, m, k), n = a.shape, b.shape[2]
+    if n > 1 and m > 32 and b.stride(2) != 1:
+        b = b.contiguous()  # a copy costs less than tiles whose columns are far apart
     t = pick("matmul", m, n)
     tiles = blocks_of(m, t.m) * blocks_of(n, t.n)
     span = span_of(k, batch * tiles)
