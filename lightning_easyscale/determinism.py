@@ -137,6 +137,8 @@ def apply(level: Level, *, threads: int, device_type: str, policy: str = "pinned
         **previous,
         "deterministic_algorithms": True,
         "deterministic_warn_only": False,
+        # It would fill every new tensor before a kernel fills it again: a third of all launches on a GPU.
+        "fill_uninitialized_memory": False,
         "cudnn_deterministic": True,
         "cudnn_benchmark": False,
         "threads": threads,
@@ -200,6 +202,7 @@ def _flags() -> dict[str, Any]:
     return {
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "deterministic_warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         CUBLAS_VARIABLE: os.environ.get(CUBLAS_VARIABLE),
@@ -209,6 +212,8 @@ def _flags() -> dict[str, Any]:
 
 def _set_flags(flags: Mapping[str, Any]) -> None:
     torch.use_deterministic_algorithms(flags["deterministic_algorithms"], warn_only=flags["deterministic_warn_only"])
+    memory: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+    memory.fill_uninitialized_memory = flags["fill_uninitialized_memory"]
     torch.backends.cudnn.deterministic = flags["cudnn_deterministic"]
     torch.backends.cudnn.benchmark = flags["cudnn_benchmark"]
     if flags[CUBLAS_VARIABLE] is None:

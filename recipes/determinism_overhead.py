@@ -104,6 +104,10 @@ def in_force(way: str, *, threads: int, device_type: str) -> Iterator[None]:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
+def _ignored(*args: Any, **kwargs: Any) -> None:
+    """What a module logs."""
+
+
 class Training:
     """Steps of one workload on a batch that stays on the device.
 
@@ -119,7 +123,11 @@ class Training:
         self.module.to(device).train()
         batch = next(iter(data.train_dataloader()))
         self.batch = self.module.transfer_batch_to_device(batch, device, 0)
+        # Schedules ask the trainer for their length; steps without a trainer cannot log.
+        self.module.trainer = pl.Trainer(max_steps=1000, accelerator="cpu", logger=False, barebones=True)
         made: Any = self.module.configure_optimizers()
+        self.module.trainer = None
+        self.module.log = self.module.log_dict = _ignored
         self.optimizer = made["optimizer"] if isinstance(made, dict) else made
         self.state = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
 

@@ -18,6 +18,7 @@ whose k runs over images, then output positions. ``alpha``, ``beta`` and biases 
 order of the summed dimensions, are cut into blocks of 4096. Element i of a block goes to lane i mod 128; a lane starts
 at +0 and adds its elements in ascending order; then lanes l and l + 64 are added, then l and l + 32, and so on. The
 blocks' sums are summed in the same way until one is left. What is summed is rounded before (``x * x``), never fused.
+Products of elements multiply the first half with the second, until one is left; a last odd element waits for the next.
 
 **Functions.** exp, expm1, log, log1p, tanh and erf are the programs in `functions.h`: argument reduction, polynomials
 by Horner's scheme in fma (`coefficients.py`), exact scaling. Division and square root are rounded correctly. Sigmoid,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class Tiles(NamedTuple):
     width: int = 1024
 
 
-_LARGE = Tiles(128, 128, 16, 8, 3)
+_ENOUGH = 256  # programs that keep a device busy
 _forced: Tiles | None = None
 
 
@@ -49,35 +50,79 @@ def tiles(choice: Tiles) -> Iterator[None]:
         _forced = before
 
 
-def _pick(m: int, n: int) -> Tiles:
+def pick(kind: str, m: int, n: int = 1) -> Tiles:
+    """The tiles of a launch of a kind of kernel whose result has m rows and n columns; chosen on an H100."""
     if _forced is not None:
         return _forced
-    return _LARGE if m * n >= 512 * 1024 and min(m, n) >= 128 else Tiles()
+    if kind == "rows":
+        return Tiles(warps=1, stages=3)  # with more, the tree of lanes does not fit the registers
+    few = blocks_of(m, 64) * blocks_of(n, 128) < _ENOUGH
+    if kind == "matmul" and m > 32:
+        return Tiles(64, 64, 32, 4, 3) if n > 32 else Tiles(32, 32, 32, 2, 3)
+    if kind == "forward" and m > 32:
+        return Tiles(64, 64, 32, 4, 3) if few else Tiles(64, 256, 16, 8, 3)
+    if kind == "weight_gradient" and m > 64:
+        return Tiles(128, 128, 16, 8, 3) if n > 64 else Tiles(128, 64, 16, 4, 4)
+    if kind == "weight_gradient" and m > 32:
+        return Tiles(64, 64, 16, 4, 3)
+    if m <= 32:
+        return Tiles(32, 128, 16, 4, 4) if n > 64 else Tiles(32, 64, 16, 4, 3)
+    return Tiles(64, 64, 32, 4, 3) if n <= 64 or few else Tiles(64, 128, 16, 4, 3)
 
 
-def _options(t: Tiles) -> dict[str, int | bool]:
+def launch_options(t: Tiles) -> dict[str, int | bool]:
+    """Of every launch: how it is compiled, and without fusing products and sums."""
     return {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": False}
 
 
-def _blocks(length: int, block: int) -> int:
+def blocks_of(length: int, block: int) -> int:
+    """How many blocks a length has."""
     return -(-length // block)
+
+
+def span_of(k: int, programs: int) -> int:
+    """How many values of k one program adds, a segment or a block, if every span of k has so many programs."""
+    block, segment = kernels.BLOCK.value, kernels.SEGMENT.value
+    return block if programs * blocks_of(k, block) >= _ENOUGH or k <= segment else segment
 
 
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """Batched product; see `primitives.matmul`."""
     (batch, m, k), n = a.shape, b.shape[2]
-    t = _pick(m, n)
-    blocks = _blocks(k, kernels.BLOCK.value)
-    grid = (_blocks(m, t.m) * _blocks(n, t.n), batch * blocks)
-    partial = a.new_empty(batch, blocks, m, n)
-    kernels.matmul[grid](
-        *(a, b, partial, m, n, k, blocks), *a.stride(), *b.stride(), BM=t.m, BN=t.n, BK=t.k, **_options(t)
+    if n > 1 and m > 32 and b.stride(2) != 1:
+        b = b.contiguous()  # a copy costs less than tiles whose columns are far apart
+    t = pick("matmul", m, n)
+    tiles = blocks_of(m, t.m) * blocks_of(n, t.n)
+    span = span_of(k, batch * tiles)
+    spans = blocks_of(k, span)
+    partial = a.new_empty(batch, spans, m * n)
+    kernels.matmul[tiles, batch * spans](
+        *(a, b, partial, m, n, k, spans, *a.stride(), *b.stride()),
+        **{"SPAN": span, "COLS": math.gcd(n, 16), "DEEP": math.gcd(k, 16), "BM": t.m, "BN": t.n, "BK": t.k},
+        **launch_options(t),
     )
-    if blocks == 1 and into is None:
-        return partial[:, 0]
-    out = a.new_empty(batch, m, n) if into is None else into
-    grid = (_blocks(m * n, t.width), batch)
-    kernels.fold[grid](partial, out, m * n, blocks, CONTINUE=into is not None, W=t.width, **_options(t))
+    return fold_spans(partial, kernels.BLOCK.value // span, into).view(batch, m, n)
+
+
+def fold_spans(partial: Tensor, each: int, into: Tensor | None = None) -> Tensor:
+    """The sums ``[batch, count]`` of ``[batch, spans, count]``, `each` spans to a block; those of `into` go on."""
+    batch, spans, count = partial.shape
+    if each > 1 and spans > 1:
+        whole = spans // each * each
+        folded = [fold(partial[:, :whole].reshape(-1, each, count)).view(batch, -1, count)] if whole else []
+        rest = [fold(partial[:, whole:])[:, None]] if whole < spans else []
+        partial = torch.cat([*folded, *rest], 1)
+    return partial[:, 0] if partial.shape[1] == 1 and into is None else fold(partial, into)
+
+
+def fold(partial: Tensor, into: Tensor | None = None) -> Tensor:
+    """The sums ``[batch, count]`` of ``[batch, blocks, count]`` over the blocks, ascending; those of `into` go on."""
+    batch, blocks, count = partial.shape
+    partial = partial.contiguous()
+    out = partial.new_empty(batch, count) if into is None else into
+    t = _forced or Tiles()
+    grid = (blocks_of(count, t.width), batch)
+    kernels.fold[grid](partial, out, count, blocks, CONTINUE=into is not None, W=t.width, **launch_options(t))
     return out
 
 
@@ -86,12 +131,12 @@ def sum_middle(x: Tensor) -> Tensor:
     outer, rows, inner = x.shape
     t = _forced or Tiles()
     while True:
-        blocks = _blocks(rows, kernels.SUM_BLOCK.value)
+        blocks = blocks_of(rows, kernels.SUM_BLOCK.value)
         out = x.new_empty(outer * blocks * inner)
         columns = min(triton.next_power_of_2(inner), max(1, t.width // 64))
         units = max(1, min(t.width // 64 // columns, triton.next_power_of_2(outer * blocks)))
-        grid = (_blocks(outer * blocks, units), _blocks(inner, columns))
-        kernels.sum_middle[grid](x, out, rows, inner, blocks, outer * blocks, U=units, W=columns, **_options(t))
+        grid = (blocks_of(outer * blocks, units), blocks_of(inner, columns))
+        kernels.sum_middle[grid](x, out, rows, inner, blocks, outer * blocks, U=units, W=columns, **launch_options(t))
         if blocks == 1:
             return out.view(outer, inner)
         x, rows = out, blocks
@@ -101,17 +146,17 @@ def unary(name: str, x: Tensor) -> Tensor:
     """An elementary function of a dense tensor; see `primitives.unary`."""
     out = torch.empty_like(x)
     t = _forced or Tiles()
-    grid = (_blocks(x.numel(), t.width),)
-    kernels.unary[grid](x, out, x.numel(), WHICH=UNARY.index(name), W=t.width, **_options(t))
+    grid = (blocks_of(x.numel(), t.width),)
+    kernels.unary[grid](x, out, x.numel(), WHICH=UNARY.index(name), W=t.width, **launch_options(t))
     return out
 
 
 def random(kind: str, key: int, out: Tensor) -> Tensor:
     """Fill a contiguous tensor; see `primitives.random`."""
     t = _forced or Tiles()
-    grid = (_blocks(out.numel(), 4 * t.width),)
+    grid = (blocks_of(out.numel(), 4 * t.width),)
     low, high = key & 0xFFFFFFFF, key >> 32
-    kernels.random[grid](out, low, high, out.numel(), NORMAL=kind == "normal", W=t.width, **_options(t))
+    kernels.random[grid](out, low, high, out.numel(), NORMAL=kind == "normal", W=t.width, **launch_options(t))
     return out
 
 
@@ -121,6 +166,6 @@ def index_add(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
     ordered, order = torch.sort(index, stable=True)
     t = _forced or Tiles()
     strip = min(triton.next_power_of_2(width), t.width)
-    grid = (rows, _blocks(width, strip))
-    kernels.index_add[grid](out, ordered, order, source, rows, width, W=strip, **_options(t))
+    grid = (rows, blocks_of(width, strip))
+    kernels.index_add[grid](out, ordered, order, source, rows, width, W=strip, **launch_options(t))
     return out

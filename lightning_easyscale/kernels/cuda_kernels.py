@@ -21,26 +21,35 @@ SUM_BLOCK: tl.constexpr = tl.constexpr(4096)
 
 
 @triton.jit(do_not_specialize=["m", "n", "k", "blocks"])
-def matmul(a, b, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """A tile of the sum of one block of k: ``out[batch, block, m, n]``; grid (tiles, batch * blocks)."""
+def matmul(
+    a, b, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, SPAN: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of the sum of SPAN values of k, a block or a segment: ``out[batch, span, m, n]``.
+
+    Grid (tiles, batch * blocks), where `blocks` is the number of spans. `COLS` divides n, `DEEP` divides k.
+    """
+    n, k = n // COLS * COLS, k // DEEP * DEEP
     columns = tl.cdiv(n, BN)
     rows = (tl.program_id(0) // columns).to(tl.int64) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) % columns).to(tl.int64) * BN + tl.arange(0, BN)
     batch = (tl.program_id(1) // blocks).to(tl.int64)
-    start = (tl.program_id(1) % blocks) * BLOCK
-    end = tl.minimum(start + BLOCK, k)
+    start = (tl.program_id(1) % blocks) * SPAN
+    end = tl.minimum(start + SPAN, k)
     a_rows = a + batch * ab + rows[:, None] * am
     b_cols = b + batch * bb + cols[None, :] * bn
     a_mask, b_mask = rows[:, None] < m, cols[None, :] < n
     total = tl.zeros([BM, BN], tl.float32)
-    for segment in range(start, end, SEGMENT):
-        chain = tl.zeros([BM, BN], tl.float32)
-        for first in range(segment, tl.minimum(segment + SEGMENT, end), BK):
-            ks = first + tl.arange(0, BK).to(tl.int64)
-            x = tl.load(a_rows + ks[None, :] * ak, mask=a_mask & (ks[None, :] < end), other=0.0)
-            y = tl.load(b_cols + ks[:, None] * bk, mask=b_mask & (ks[:, None] < end), other=0.0)
-            chain = tl.dot(x, y, chain, input_precision="ieee")
-        total += chain
+    chain = tl.zeros([BM, BN], tl.float32)
+    for first in range(start, end, BK):
+        ks = first + tl.arange(0, BK).to(tl.int64)
+        x = tl.load(a_rows + ks[None, :] * ak, mask=a_mask & (ks[None, :] < end), other=0.0)
+        y = tl.load(b_cols + ks[:, None] * bk, mask=b_mask & (ks[:, None] < end), other=0.0)
+        chain = tl.dot(x, y, chain, input_precision="ieee")
+        if (first + BK) % SEGMENT == 0:
+            total += chain
+            chain = tl.zeros([BM, BN], tl.float32)
+    total += chain
     where = tl.program_id(1).to(tl.int64) * m * n + rows[:, None] * n + cols[None, :]
     tl.store(out + where, total, mask=a_mask & b_mask)
 

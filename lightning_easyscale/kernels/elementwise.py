@@ -92,13 +92,30 @@ def hardtanh_backward(dy: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     return torch.where((wide <= low) | (wide >= high), torch.zeros_like(dy), dy)
 
 
+def _fused(name: str, x: Tensor, dy: Tensor | None = None) -> Tensor | None:
+    """An activation, or its gradient, as one kernel, where there is one."""
+    fused = primitives.fused(x)
+    if fused is None or x.numel() == 0:
+        return None
+    made: Tensor
+    if dy is None:
+        made = fused.activation(name, x.float()).to(x.dtype)
+    else:
+        made = fused.activation_backward(name, dy.float(), x.float()).to(dy.dtype)
+    return made
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """``1 / (1 + exp(-x))``."""
+    if (made := _fused("sigmoid", x)) is not None:
+        return made
     return divide(1.0, 1 + primitives.unary("exp", -x.float())).to(x.dtype)
 
 
 def sigmoid_backward(dy: Tensor, y: Tensor) -> Tensor:
     """``(dy * (1 - y)) * y``."""
+    if (made := _fused("sigmoid", y, dy)) is not None:
+        return made
     g, y32 = dy.float(), y.float()
     return ((g * (1 - y32)) * y32).to(dy.dtype)
 
@@ -111,12 +128,16 @@ def tanh_backward(dy: Tensor, y: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """``x * sigmoid(x)``."""
+    if (made := _fused("silu", x)) is not None:
+        return made
     wide = x.float()
     return (wide * sigmoid(wide)).to(x.dtype)
 
 
 def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """``(dy * s) * (1 + x * (1 - s))`` with ``s = sigmoid(x)``."""
+    if (made := _fused("silu", x, dy)) is not None:
+        return made
     g, wide = dy.float(), x.float()
     s = sigmoid(wide)
     return ((g * s) * (1 + wide * (1 - s))).to(dy.dtype)
@@ -125,10 +146,13 @@ def silu_backward(dy: Tensor, x: Tensor) -> Tensor:
 _ROOT_HALF = math.sqrt(0.5)
 _ROOT_TWO_OVER_PI = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
+_GELU = {"none": "gelu", "tanh": "gelu by tanh"}
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """``(x / 2) * (1 + erf(x / sqrt(2)))``, or the approximation by tanh."""
+    if (made := _fused(_GELU[approximate], x)) is not None:
+        return made
     wide = x.float()
     if approximate == "tanh":
         inner = (wide + wide * wide * wide * _CUBIC) * _ROOT_TWO_OVER_PI
@@ -138,6 +162,8 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 def gelu_backward(dy: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """The derivative of `gelu`, times ``dy``."""
+    if (made := _fused(_GELU[approximate], x, dy)) is not None:
+        return made
     g, wide = dy.float(), x.float()
     square = wide * wide
     if approximate == "tanh":

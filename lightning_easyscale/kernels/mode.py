@@ -8,7 +8,7 @@ every device as data.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import get_worker_info
 
+from .lists import on_lists
 from .registry import EXACT, RANDOM, REPLACED
 
 _FOREACH = "aten::_foreach_"
@@ -73,7 +73,8 @@ def _plan(func: Any) -> tuple[str, Callable[..., Any] | None]:
     if base in REPLACED:
         return name, _in_place(REPLACED[base])
     if name.startswith(_FOREACH) and how_covered(name):
-        return name, _repeated(REPLACED[_single(name)], in_place=name.endswith("_"))
+        single = _single(name)
+        return name, on_lists(single.removeprefix("aten::"), REPLACED[single], in_place=name.endswith("_"))
     raise UnvettedOperationError(
         f"`{name}` is not on the list of operations whose bits D2's `portable` policy vouches for."
         f" HINT: replace it, or accept its bits with `allow=[{name!r}]`."
@@ -83,31 +84,6 @@ def _plan(func: Any) -> tuple[str, Callable[..., Any] | None]:
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.copy_(function(x, *args, **kwargs))
-
-    return apply
-
-
-def _repeated(function: Callable[..., Tensor], *, in_place: bool) -> Callable[..., Any]:
-    """`function` for each tensor of a list; other lists hold one argument for each, other arguments are shared."""
-
-    def apply(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        def of(value: Any, i: int) -> Any:
-            return value[i] if isinstance(value, (list, tuple)) else value
-
-        values = kwargs.pop("scalars", None)
-        results = []
-        for i, tensor in enumerate(tensors):
-            options = {k: of(v, i) for k, v in kwargs.items()}
-            positional = [of(v, i) for v in args]
-            if values is not None:
-                options["value"] = values[i]
-            elif function.__name__ in ("addcmul", "addcdiv") and len(positional) == 3:
-                options["value"] = positional.pop()
-            results.append(function(tensor, *positional, **options))
-        if not in_place:
-            return results
-        torch._foreach_copy_(list(tensors), results)
-        return None
 
     return apply
 
@@ -142,7 +118,7 @@ class PortableMode(TorchDispatchMode):
         try:
             function = _plan(func)[1]
         except UnvettedOperationError:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            tensors = _tensors(args, kwargs)
             if self.audit or (tensors and not any(x.is_floating_point() or x.is_complex() for x in tensors)):
                 return func(*args, **kwargs)  # whole numbers are exact in any order
             raise
@@ -159,8 +135,8 @@ def _untouched(args: Any, kwargs: Any, name: str) -> bool:
     """Whether an operation of the format is called on data that is exact anyway: whole numbers, or no device at all."""
     if name in RANDOM:
         return False
-    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if any(x.device.type == "meta" for x in leaves):
+    leaves = _tensors(args, kwargs)
+    if any(x.is_meta for x in leaves):
         return True
     wide = [x for x in leaves if x.dtype in _WIDE and x.dim() > 0]
     if wide:
@@ -170,6 +146,17 @@ def _untouched(args: Any, kwargs: Any, name: str) -> bool:
         )
     whole = bool(leaves) and not any(x.is_floating_point() for x in leaves)
     return whole and name.removesuffix("_") in _WHOLE
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments; it is called for every operation, so not by pytrees."""
+    found = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(x for x in value if isinstance(x, Tensor))
+    return found
 
 
 @contextmanager

@@ -5,11 +5,14 @@ Variances are sums of squared distances to the mean; every product and sum is ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import primitives
 from .arithmetic import divide, square_root
 from .reductions import tree_sum
 
@@ -44,6 +47,10 @@ def layer_norm(
     """``aten::native_layer_norm``: result, mean and inverse deviation."""
     dims = list(range(x.dim() - len(shape), x.dim()))
     count = max(1, x[(0,) * (x.dim() - len(shape))].numel()) if x.numel() else 1
+    if (fused := primitives.fused(x)) is not None and x.numel() and fused.takes_rows(count):
+        made, mean, inverse = fused.layer_norm(x.float(), count, weight, bias, eps)
+        kept = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
+        return made.to(x.dtype), mean.view(kept), inverse.view(kept)
     away, mean, variance = _moments(x.float(), dims, count)
     inverse = _inverse_deviation(variance, eps)
     return _scale(away * inverse, _wide(weight), _wide(bias)).to(x.dtype), mean, inverse
@@ -65,12 +72,19 @@ def layer_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``aten::native_layer_norm_backward``."""
     dims, rows = list(range(x.dim() - len(shape), x.dim())), list(range(x.dim() - len(shape)))
+    count = math.prod(shape)
+    if (fused := primitives.fused(x)) is not None and x.numel() and rows and fused.takes_rows(count):
+        made = fused.layer_norm_backward(dy.float(), x.float(), count, mean, inverse, weight)
+        types = (x.dtype, *(None if p is None else p.dtype for p in (weight, bias)))
+        shaped = (made[0], made[1].view(list(shape)), made[2].view(list(shape)))
+        dx, dw, db = (
+            g.to(t) if wanted and t is not None else None
+            for g, t, wanted in zip(shaped, types, output_mask, strict=True)
+        )
+        return dx, dw, db
     g, normal = dy.float(), (x.float() - mean) * inverse
     dx = dw = db = None
     if output_mask[0]:
-        count = 1
-        for size in shape:
-            count *= size
         dx = _gradient(g if weight is None else g * weight.float(), normal, inverse, dims, count).to(x.dtype)
     if output_mask[1] and weight is not None:
         dw = (tree_sum(g * normal, rows) if rows else g * normal).to(weight.dtype)
@@ -97,6 +111,9 @@ def batch_norm(
     """``aten::native_batch_norm``: result, and the batch's mean and inverse deviation; updates the running ones."""
     dims, shape, count = _channels(x)
     wide = x.float()
+    fused = primitives.fused(x)
+    if fused is not None and x.numel() and fused.takes_channels(x):
+        return _batch_norm_fused(fused, x, weight, bias, running_mean, running_var, training, momentum, eps)
     if training:
         away, mean, variance = _moments(wide, dims, count)
         inverse = _inverse_deviation(variance, eps)
@@ -113,6 +130,33 @@ def batch_norm(
         saved = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     scale = [None if p is None else p.float().view(shape) for p in (weight, bias)]
     return _scale(away * inverse, *scale).to(x.dtype), *saved
+
+
+def _batch_norm_fused(
+    fused: ModuleType,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if training:
+        running = None if running_mean is None or running_var is None else (running_mean, running_var)
+        wide = None if running is None else tuple(r.float().contiguous() for r in running)
+        made, mean, inverse = fused.batch_norm(x.float(), weight, bias, wide, momentum, eps)
+        for kept, new in zip(running or (), wide or (), strict=True):
+            if kept.data_ptr() != new.data_ptr():
+                kept.copy_(new)
+        return primitives.like_layout(made.to(x.dtype), x), mean, inverse
+    assert running_mean is not None
+    assert running_var is not None
+    inverse = _inverse_deviation(running_var.float(), eps)
+    made = fused.normalize(x.float(), running_mean.float().contiguous(), inverse, weight, bias)
+    empty = x.new_empty(0, dtype=torch.float32)
+    return primitives.like_layout(made.to(x.dtype), x), empty, empty.clone()
 
 
 def batch_norm_legit(
@@ -138,6 +182,14 @@ def batch_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``aten::native_batch_norm_backward``."""
     dims, shape, count = _channels(x)
+    fused = primitives.fused(x)
+    if training and fused is not None and x.numel() and fused.takes_channels(x):
+        assert mean is not None
+        assert inverse is not None
+        dx, dw, db = fused.batch_norm_backward(dy.float(), x.float(), weight, mean, inverse)
+        made = (primitives.like_layout(dx.to(x.dtype), x), dw, db)
+        dx, dw, db = (g if wanted else None for g, wanted in zip(made, output_mask, strict=True))
+        return dx, dw, db
     if not training:
         assert running_mean is not None
         assert running_var is not None

@@ -25,6 +25,23 @@ def _backend(x: Tensor) -> ModuleType:
     )
 
 
+def fused(x: Tensor) -> ModuleType | None:
+    """`cuda_fused` for CUDA tensors: whole operations as one kernel, which have the bits of their composed forms."""
+    if x.device.type != "cuda":
+        return None
+    from . import cuda_fused
+
+    return cuda_fused
+
+
+def like_layout(made: Tensor, x: Tensor) -> Tensor:
+    """`made` in channels-last order where the input is."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
+        return made.contiguous(memory_format=last)
+    return made
+
+
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """Products ``a[i] @ b[i]`` of the format.
 

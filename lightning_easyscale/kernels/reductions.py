@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -41,11 +42,30 @@ def tree_sum(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
     if x.is_contiguous() and dims == list(range(dims[0], dims[-1] + 1)):
         outer = math.prod(x.shape[: dims[0]])
         made = primitives.sum_middle(wide.reshape(outer, rows, math.prod(x.shape[dims[-1] + 1 :])))
+    elif kept == [1] and (fused := primitives.fused(x)) is not None and fused.takes_channels(x):
+        made = fused.channel_sum(wide)
     else:
         made = primitives.sum_middle(wide.permute(*kept, *dims).reshape(math.prod(shape), rows, 1))
     if keepdim:
         shape = [1 if d in dims else x.shape[d] for d in range(x.dim())]
     return made.view(shape).to(dtype or x.dtype)
+
+
+def product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``aten::prod``: the first half of the elements times the second, until one is left; a last odd one waits."""
+    target = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    if not target.is_floating_point:
+        return torch.prod(x, dtype=target) if dim is None else torch.prod(x, dim, keepdim, dtype=target)
+    left = x.float().flatten() if dim is None else x.float().movedim(dim, -1)
+    if left.shape[-1] == 0:
+        made = left.new_ones(left.shape[:-1])
+    else:
+        while (size := left.shape[-1]) > 1:
+            half = size // 2
+            pairs = left[..., :half] * left[..., half : 2 * half]
+            left = torch.cat([pairs, left[..., 2 * half :]], -1) if size % 2 else pairs
+        made = left.squeeze(-1)
+    return (made.unsqueeze(dim) if keepdim and dim is not None else made).to(target)
 
 
 def _count(x: Tensor, dim: Dims) -> int:
@@ -112,11 +132,20 @@ def norm(x: Tensor, p: float | None = 2, dim: Dims = None, keepdim: bool = False
     return vector_norm(x, 2 if p is None else p, dim, keepdim)
 
 
+def _rows(x: Tensor, dim: int) -> ModuleType | None:
+    """The module that computes softmax of the last dimension as one kernel, where it takes this operand."""
+    fused = primitives.fused(x)
+    last = x.dim() > 0 and dim % x.dim() == x.dim() - 1
+    return fused if fused is not None and last and fused.takes_rows(x.shape[-1]) else None
+
+
 def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     """``exp(x - max) / sum(exp(x - max))``."""
     target = torch.float32 if half_to_float else x.dtype
     if x.numel() == 0:
         return torch.empty_like(x, dtype=target)
+    if (fused := _rows(x, dim)) is not None:
+        return fused.softmax(x.float(), log=False).to(target)
     x = x.float()
     e = primitives.unary("exp", x - x.amax(dim, keepdim=True))
     return divide(e, tree_sum(e, dim, True)).to(target)
@@ -132,6 +161,8 @@ def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tenso
 def softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     """``(dy - sum(dy * y)) * y``."""
     g, y = dy.float(), y.float()
+    if y.numel() and (fused := _rows(y, dim)) is not None:
+        return fused.softmax_backward(g, y, log=False).to(input_dtype)
     return ((g - tree_sum(g * y, dim, True)) * y).to(input_dtype)
 
 
@@ -140,6 +171,8 @@ def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     target = torch.float32 if half_to_float else x.dtype
     if x.numel() == 0:
         return torch.empty_like(x, dtype=target)
+    if (fused := _rows(x, dim)) is not None:
+        return fused.softmax(x.float(), log=True).to(target)
     x = x.float()
     shifted = x - x.amax(dim, keepdim=True)
     total = tree_sum(primitives.unary("exp", shifted), dim, True)
@@ -149,6 +182,8 @@ def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
 def log_softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     """``dy - exp(y) * sum(dy)``."""
     g = dy.float()
+    if y.numel() and (fused := _rows(y, dim)) is not None:
+        return fused.softmax_backward(g, y.float(), log=True).to(input_dtype)
     return (g - primitives.unary("exp", y.float()) * tree_sum(g, dim, True)).to(input_dtype)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import arithmetic, elementwise, linear, losses, normalization, pooling, random, reductions, scatter
+from . import arithmetic, convolution, elementwise, linear, losses, normalization, pooling, random, reductions, scatter
 
 _VIEWS = """
     alias as_strided detach diagonal expand lift lift_fresh permute select slice split split_with_sizes squeeze t
@@ -62,10 +62,11 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "addmm": linear.addmm,
     "addmv": linear.addmv,
     "baddbmm": linear.baddbmm,
-    "convolution": linear.convolution,
-    "convolution_overrideable": linear.convolution,
-    "convolution_backward": linear.convolution_backward,
+    "convolution": convolution.convolution,
+    "convolution_overrideable": convolution.convolution,
+    "convolution_backward": convolution.convolution_backward,
     "sum": reductions.tree_sum,
+    "prod": reductions.product,
     "mean": reductions.mean,
     "var": reductions.var,
     "var_mean": reductions.var_mean,

@@ -88,6 +88,7 @@ CASES: dict[str, Case] = {
     "sum of 20000": Case(lambda x: x.sum(1), ((16, 20000),)),
     "sum of all": Case(lambda x: x.sum(), ((5000,),)),
     "mean": Case(lambda x: x.mean(1), ((30, 200),)),
+    "prod without gradient": Case(lambda x: x.detach().prod(-1) * x.sum(-1), ((30, 7),), positive=True),
     "var": Case(lambda x: x.var((0, 2, 3)), (IMAGE,)),
     "std": Case(lambda x: x.std(-1), ((30, 200),)),
     "norm": Case(lambda x: torch.linalg.vector_norm(x, dim=1), ((30, 200),)),
