@@ -50,6 +50,7 @@ def result(out: Path) -> dict[str, Any]:
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.matrix
 @pytest.mark.fault("torchrun agents join, one of them as a spare")
 def test_agents_that_join_change_the_placement_and_not_the_result(tmp_path: Path) -> None:
     """One agent trains 2 ESTs; a second joins, and a third, whose worker waits as a spare."""

@@ -90,6 +90,7 @@ def test_a_side_that_fails_is_shown_with_its_log(tmp_path):
     assert not failed.value.out_of_memory
 
 
+@pytest.mark.matrix
 def test_a_small_run_from_end_to_end(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("EASYSCALE_")}
 

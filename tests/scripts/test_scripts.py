@@ -21,7 +21,7 @@ SCRIPTS = ["autoencoder", "language_model", "gan", "image_classifier", "contrast
 # Each of a GAN's losses leaves one network, and a frozen backbone itself, without gradients.
 UNUSED = ("gan", "image_classifier")
 # (script, N, devices): one executor and two uneven ones, N over 2, 3, 4.
-CASES = [("autoencoder", 3, 2), ("contrastive", 2, 1)]
+CASES = [("autoencoder", 3, 2)]
 MORE = [(s, n, d) for s in SCRIPTS for n, d in ((2, 1), (3, 2), (4, 1)) if (s, n, d) not in CASES]
 
 
