@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 from lightning.pytorch import Callback
 
-from lightning_easyscale.elastic.notice import SAME_NOTICE_SECONDS
+from lightning_easyscale.elastic.notice import SAME_NOTICE_SECONDS, StopNotice
 
 
 class InjectedError(Exception):
@@ -59,13 +59,23 @@ class Fault:
             # by somebody else: workers obey their own parent
             command = ["kill", "-TERM", "--", f"-{os.getpgid(0)}"]
             subprocess.run(command, start_new_session=True, check=True)
+            _wait_until_heard()
         else:
             os.kill(os.getpid(), signal.Signals[self.action])
-        time.sleep(0.03)  # handlers run on the main thread, which may have to be woken
+            _wait_until_heard()
 
     def __str__(self) -> str:
         where = self.phase + (f" (call {self.nth})" if self.nth > 1 else "")
         return f"{self.action} in EST {self.rank}, step {self.step}, {where}"
+
+
+def _wait_until_heard() -> None:
+    """Return when this process has noticed the stop signal that it was sent; handlers run on the main thread."""
+    notices = {getattr(signal.getsignal(number), "__self__", None) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    listening = [notice for notice in notices if isinstance(notice, StopNotice)]
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(notice.requested is None for notice in listening):
+        time.sleep(0.005)
 
 
 _elsewhere: list[Fault] = []
