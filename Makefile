@@ -3,14 +3,18 @@
 #   make demo                          the main experiment, on emulated devices
 #   make test PYTHON=python3.12        another interpreter
 #   make demo PIP_ARGS="..."           extra arguments for pip, for example another torch build
+#   make test TEST_JOBS=0              tests one after the other, in this terminal
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 
 python := $(VENV)/bin/python
+# A file's tests share reference runs. In order of name, the long files do not come last.
+in_parallel := -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 pip_install := PIP_DISABLE_PIP_VERSION_CHECK=1 $(python) -m pip install --quiet $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -36,11 +40,11 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(python) -m mypy
 
 test: lint  ## checks and tests that fit in 20 minutes on 2 cores
-	$(python) -m pytest -m "not matrix and not gpu" $(PYTEST_ARGS)
+	$(python) -m pytest -m "not matrix and not gpu" $(in_parallel) $(PYTEST_ARGS)
 
 test-all: lint  ## the same with the full product of cases; report in outputs/test-all
 	@mkdir -p outputs/test-all
-	$(python) -m pytest -m "not gpu" --junit-xml=outputs/test-all/junit.xml $(PYTEST_ARGS); ended=$$?; \
+	$(python) -m pytest -m "not gpu" $(in_parallel) --junit-xml=outputs/test-all/junit.xml $(PYTEST_ARGS); ended=$$?; \
 	  $(python) -m tests.report outputs/test-all/junit.xml --report outputs/test-all/report.md && exit $$ended
 
 test-gpu: $(VENV)/.installed-dev  ## tests that need a CUDA device; report in outputs/test-gpu
