@@ -1,8 +1,8 @@
 """One run in processes of its own: a reference run, or one stage of an EasyScale job.
 
 ``python -m recipes._stage spec.json``. The launcher of the strategy starts the same command again for the other ranks
-or executors, so everything a process must know is in the file, as plain JSON. A stage over several hosts is started by
-one torchrun agent per host instead.
+or executors, or forks that process for each, so everything a process must know is in the file, as plain JSON. A stage
+over several hosts is started by one torchrun agent per host instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class RunSpec:
         rebalance: arguments of `Rebalance`; None: ESTs stay.
         snapshot_every: optimizer steps between snapshots of an elastic run; None: no snapshots.
         phases: file in which executors keep what they are doing (`_phases`); None: no file.
+        start_method: how the strategy's launcher makes processes: ``"popen"`` or ``"fork"``.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class RunSpec:
     step_seconds: dict[str, float] | None = None
     snapshot_every: int | None = None
     phases: str | None = None
+    start_method: Literal["popen", "fork"] = "popen"
 
     def dumps(self) -> str:
         """As JSON; equal text means an equal run."""
@@ -99,6 +101,7 @@ class RunSpec:
 def run(spec: RunSpec) -> None:
     """Train from ``first_step`` to ``end_step``."""
     import lightning.pytorch as pl
+    import torch
 
     from lightning_easyscale.callbacks import RunRecord
     from lightning_easyscale.rebalance import Rebalance
@@ -107,6 +110,7 @@ def run(spec: RunSpec) -> None:
     from ._stage_callbacks import Pace, SaveAtEnd, StepReport
     from .workloads import build
 
+    torch.set_num_threads(spec.threads)
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     module, datamodule = build(spec.workload, spec.data)
     arguments = _reference_arguments(spec) if spec.kind == "reference" else _easyscale_arguments(spec)
@@ -148,7 +152,7 @@ def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
 
     heterogeneous = spec.level.endswith("d2")
     return {
-        "strategy": DDPStrategy(process_group_backend=spec.process_group_backend),
+        "strategy": DDPStrategy(process_group_backend=spec.process_group_backend, start_method=spec.start_method),
         "accelerator": device_type(spec.pool[0], emulate=spec.emulate).kind,
         "devices": spec.num_ests,
         "callbacks": [
@@ -172,6 +176,7 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
         ests_per_executor=spec.ests_per_executor or None,
         step_seconds=spec.step_seconds,
         process_group_backend=spec.process_group_backend,
+        start_method=spec.start_method,
         snapshot_every_n_steps=spec.snapshot_every,
     )
     # over several hosts, torchrun started this process and says which of them this is

@@ -18,8 +18,9 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -59,13 +60,15 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
         "process_group_backend": conf.process_group_backend,
     }
     runs = []
+    fork = partial(start_method, conf.emulate, threads)
     levels = list(dict.fromkeys(conf.determinism.levels))
     for reference in dict.fromkeys(map(_report.reference_of, levels)):
+        level = "d1+d2" if reference == "ddp-heter" else "d1"
         runs.append(
             RunSpec(
                 kind="reference",
                 name=_report.REFERENCES[reference],
-                level="d1+d2" if reference == "ddp-heter" else "d1",
+                level=level,
                 devices=f"{pool[0]}:{conf.schedule.num_ests}",
                 ests_per_executor=(1,) * conf.schedule.num_ests,
                 first_step=0,
@@ -74,6 +77,7 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
                 record=str(directory / "records" / reference),
                 save=str(directory / "checkpoints" / reference / "end.ckpt"),
                 resume=None,
+                start_method=fork(level, (pool[0],)),
                 **common,
             )
         )
@@ -95,11 +99,24 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
                     record=str(directory / "records" / level),
                     save=str(save),
                     resume=resume,
+                    start_method=fork(level, tuple(stage.devices)) if not stage.hosts else "popen",
                     **common,
                 )
             )
             resume = str(save)
     return runs
+
+
+def start_method(emulate: bool, threads: int, level: str, types: tuple[str, ...]) -> Literal["fork", "popen"]:
+    """How a run on devices of these types gets from its first process to all of them.
+
+    To import torch and Lightning takes a process longer than to train a short stage. A fork has imported them, but it
+    can have neither its parent's CUDA nor its pool of OpenMP threads, nor an instruction set of its own.
+    """
+    cuda = any(devices.device_type(name, emulate=emulate).kind == "cuda" for name in types)
+    environments = [devices.environment_of(name, emulate=emulate) for name in types]
+    alike = level.endswith("d2") or all(environment == environments[0] for environment in environments)
+    return "fork" if alike and threads == 1 and not cuda else "popen"
 
 
 def _as_text(counts: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lightning_easyscale.devices import pinned_environment
+from lightning_easyscale.devices import device_type, pinned_environment
 from lightning_easyscale.digest import digest_state
 from lightning_easyscale.record import Record
 from lightning_easyscale.record_writer import RecordWriter
@@ -26,7 +26,7 @@ from recipes import _figure, _report
 from recipes._config import ConfigError, check
 from recipes._runs import RunFailedError, _StepCounter, child_environment, execute, is_complete, marker
 from recipes._stage import RunSpec
-from recipes.accuracy_consistency import draw_again, plan, run
+from recipes.accuracy_consistency import draw_again, plan, run, start_method
 
 from .conftest import POOL
 
@@ -243,6 +243,26 @@ def test_progress_follows_a_growing_record(tmp_path):
     assert counter.count() == 2
 
 
+@pytest.mark.parametrize(
+    ("emulate", "threads", "level", "types", "method"),
+    [
+        pytest.param(True, 1, "d1", ("v100",), "fork", marks=pytest.mark.emulation),
+        pytest.param(True, 1, "d1+d2", ("v100", "p100"), "fork", marks=pytest.mark.emulation),
+        pytest.param(True, 1, "d1", ("v100", "p100"), "popen", marks=pytest.mark.emulation),
+        (False, 2, "d1", ("cpu",), "popen"),
+        (False, 1, "d1", ("cpu",), "fork"),
+    ],
+)
+def test_processes_are_forked_where_a_fork_may_do_all_that_a_new_one_may(emulate, threads, level, types, method):
+    assert start_method(emulate, threads, level, types) == method
+
+
+def test_processes_that_use_a_gpu_are_not_forked(monkeypatch):
+    gpu = replace(device_type("cpu"), name="h100", kind="cuda")
+    monkeypatch.setattr("lightning_easyscale.devices.device_type", lambda name, *, emulate=None: gpu)
+    assert start_method(False, 1, "d1", ("h100",)) == "popen"
+
+
 @pytest.fixture
 def forked(warm, monkeypatch):
     """The recipe in this process, its runs forked from the warm process instead of started; what it printed."""
@@ -250,7 +270,7 @@ def forked(warm, monkeypatch):
     def execute_forked(spec, *, log, environments, timeout_s, progress, stop):
         assert all(environments[0][name] == value for name, value in pinned_environment(POOL, emulate=True).items())
         marker(spec).unlink(missing_ok=True)
-        warm.start(spec, log).wait(timeout_s)
+        warm.start(replace(spec, start_method="popen"), log).wait(timeout_s)
         progress(spec.end_step - spec.first_step)
         marker(spec).write_text(spec.dumps())
         return 0.0
