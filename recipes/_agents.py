@@ -75,9 +75,9 @@ class _Agents:
         self._environment = environment
         self._command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:8", "--nproc-per-node=1"]
         self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=easyscale"]
-        self._command += [f"--rdzv-conf=last_call_timeout={_LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=3"]
-        self._command += ["--monitor-interval=0.1", "--max-restarts=100", "-m", f"{__package__}._stage"]
-        self._command.append(str(directory / "spec.json"))
+        self._meeting = f"--rdzv-conf=last_call_timeout={_LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=3"
+        self._arguments = ["--monitor-interval=0.1", "--max-restarts=100", "-m", f"{__package__}._stage"]
+        self._arguments.append(str(directory / "spec.json"))
         self._running: list[subprocess.Popen[bytes]] = []
         self._left: list[subprocess.Popen[bytes]] = []
 
@@ -94,10 +94,11 @@ class _Agents:
             self._left.append(agent)
         with self.log.open("ab") as out:
             while len(self._running) < count:
+                # On one host each of them could keep the store, and the one that is first there would.
+                meeting = f"{self._meeting},is_host={'false' if self._running else 'true'}"
+                command = [*self._command, meeting, *self._arguments]
                 self._running.append(
-                    subprocess.Popen(
-                        self._command, env=self._environment, stdout=out, stderr=out, start_new_session=True
-                    )
+                    subprocess.Popen(command, env=self._environment, stdout=out, stderr=out, start_new_session=True)
                 )
 
     def finish(self, deadline: float) -> None:

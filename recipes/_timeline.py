@@ -57,7 +57,7 @@ def read_spans(events: Path, end_step: int) -> list[Span]:
     times: dict[str, float] = {}  # when the pause that lasts began, and what has been reached in it
     for event in map(json.loads, events.read_text().splitlines()):
         kind, time = event["event"], event["time"]
-        if kind in ("stopping", "notice", "starting"):
+        if kind in ("stopping", "notice", "starting", "formed"):  # agents start executors and say nothing
             times.setdefault("began", time)
         if kind in ("agreed", "saved", "formed"):
             times[kind] = time

@@ -33,6 +33,7 @@ from lightning_easyscale.record import Record, RecordError
 
 from . import _figure, _report
 from ._config import AccuracyConsistencyConf, ConfigError, Stage, check, register
+from ._console import make_console
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._stage import RunSpec
 from .workloads import prepare
@@ -247,9 +248,7 @@ def run(conf: AccuracyConsistencyConf, directory: Path, console: Console) -> int
 @hydra.main(version_base="1.3", config_path="../conf", config_name="accuracy_consistency")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, AccuracyConsistencyConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -42,6 +42,7 @@ from lightning_easyscale.simulation import (
 )
 
 from ._config import ConfigError
+from ._console import make_console
 from ._live import LiveCluster, LiveJob, stage_of
 from ._live_config import LiveConf, check, draw_trace, register
 from ._live_figures import draw
@@ -268,9 +269,7 @@ def run(conf: LiveConf, directory: Path, console: Console) -> dict[str, Any]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="live")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, LiveConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -38,6 +38,7 @@ from lightning_easyscale.data.position import LoaderFollower
 from lightning_easyscale.rng import Generators
 
 from ._config import ConfigError
+from ._console import make_console
 from ._machine import device_name
 
 WAYS = ("shared", "stock")
@@ -220,7 +221,7 @@ def _table(report: dict[str, Any]) -> Table:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="data_service")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, DataServiceConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

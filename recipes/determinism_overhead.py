@@ -35,6 +35,7 @@ from lightning_easyscale import determinism, kernels
 
 from . import workloads
 from ._config import ConfigError
+from ._console import make_console
 from ._machine import device_name
 
 PUBLISHED_MS = {
@@ -293,7 +294,7 @@ def draw(file: Path, report: dict[str, Any]) -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="determinism_overhead")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, DeterminismOverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

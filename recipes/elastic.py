@@ -32,6 +32,7 @@ from lightning_easyscale.planning import plan
 from lightning_easyscale.record import Record
 
 from ._config import ConfigError, TrainerConf, WorkloadConf
+from ._console import make_console
 from ._elastic_run import ElasticRun
 from ._machine import device_name
 from ._runs import RunFailedError, child_environment, execute, is_complete
@@ -264,7 +265,7 @@ def _table(spans: list[Span]) -> Table:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="elastic")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, ElasticConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -40,6 +40,7 @@ from lightning_easyscale import determinism
 from ._bench_runs import bench_processes, interleave
 from ._bench_worker import Side
 from ._config import ConfigError
+from ._console import make_console
 from ._machine import device_name
 from ._runs import RunFailedError
 from ._warm import WarmProcesses
@@ -314,7 +315,7 @@ def lines(row: dict[str, Any]) -> list[str]:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="est_overhead")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, EstOverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -42,6 +42,7 @@ from lightning_easyscale import determinism
 from ._bench_runs import SideFailedError, bench_processes, interleave
 from ._bench_worker import Side
 from ._config import ConfigError
+from ._console import make_console
 from ._machine import device_name
 from ._runs import RunFailedError
 from ._sharing_figure import draw
@@ -318,7 +319,7 @@ def measure(conf: GpuSharingConf, directory: Path, console: Console) -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="gpu_sharing")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, GpuSharingConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -20,9 +20,9 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from ._config import WorkloadConf
+from ._console import make_console
 from ._machine import device_name
 from .workloads import build, prepare
 
@@ -146,7 +146,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="learn")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, LearnConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

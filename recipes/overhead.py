@@ -42,6 +42,7 @@ from ._bench_runs import bench_processes, interleave
 from ._bench_switch import time_switches
 from ._bench_worker import COLLECTIVES, Side
 from ._config import ConfigError
+from ._console import make_console
 from ._machine import device_name
 from ._runs import RunFailedError
 from ._warm import WarmProcesses
@@ -310,9 +311,7 @@ def write(report: dict[str, Any], directory: Path) -> None:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="overhead")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    console = make_console(width=150)
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, OverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

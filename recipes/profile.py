@@ -28,6 +28,7 @@ from lightning_easyscale.devices import apply_environment, device_type
 from lightning_easyscale.planning import Profile
 
 from ._config import ConfigError
+from ._console import make_console
 from ._exchange import measure_exchanges
 from ._profile_config import ProfileConf, check, read_pace, register
 from ._profile_runs import (
@@ -132,9 +133,7 @@ def table(profile: Profile) -> Table:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="profile")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, ProfileConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

@@ -29,6 +29,7 @@ from lightning_easyscale.record import Record
 
 from ._agents import run_under_agents
 from ._config import ConfigError, TrainerConf, WorkloadConf
+from ._console import make_console
 from ._elastic_run import ElasticRun
 from ._machine import device_name
 from ._runs import RunFailedError, child_environment
@@ -218,7 +219,7 @@ def _table(ways: dict[str, Any]) -> Table:
 @hydra.main(version_base="1.3", config_path="../conf", config_name="rescale")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, RescaleConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

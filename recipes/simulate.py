@@ -26,6 +26,7 @@ from rich.table import Table
 from lightning_easyscale.simulation.cluster import ClusterSpec
 from lightning_easyscale.simulation.result import Result
 
+from ._console import make_console
 from ._simulate_figures import draw_figures
 from ._simulate_html import gantt_page
 from ._simulate_run import compare, load_profile, load_trace, policy_names, simulate, summarise
@@ -148,9 +149,7 @@ def keep(file: Path, out: Path, overrides: Sequence[str], results: Mapping[str, 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="simulate")
 def main(config: DictConfig) -> float:
     """Run, print, write; returns the first policy's average JCT, for sweeps."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = make_console(width=200)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         summaries, results = run_all(plain, console)

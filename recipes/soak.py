@@ -39,6 +39,7 @@ from lightning_easyscale.devices import apply_environment
 from lightning_easyscale.record import Record, est_file, read_lines
 
 from ._config import ConfigError, TrainerConf, WorkloadConf
+from ._console import make_console
 from ._elastic_run import ElasticRun
 from ._machine import device_name
 from ._runs import RunFailedError, child_environment, execute, is_complete
@@ -248,7 +249,7 @@ def _round(
 @hydra.main(version_base="1.3", config_path="../conf", config_name="soak")
 def main(config: DictConfig) -> None:
     """Command line."""
-    console = Console()
+    console = make_console()
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, SoakConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()

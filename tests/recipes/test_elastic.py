@@ -95,6 +95,23 @@ def test_spans_are_read_from_events(tmp_path: Path) -> None:
     )
 
 
+def test_under_agents_nobody_says_that_executors_start(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"event": "formed", "time": 3.0, "placement": [1, 1]},
+        {"event": "first_step", "time": 4.0, "step": 1},
+        {"event": "notice", "time": 10.0},
+        {"event": "agreed", "time": 10.25, "step": 6},
+        {"event": "saved", "time": 10.5, "step": 6},
+        {"event": "formed", "time": 14.0, "placement": [2]},
+        {"event": "first_step", "time": 15.0, "step": 7},
+    ]
+    file = tmp_path / "events.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_spans(file, 9)
+    assert (first.devices, first.first_step, first.end_step, first.paused_s) == ("2 devices", 0, 6, 1.0)
+    assert (second.devices, second.paused_s, second.forming_s) == ("1 device", 5.0, 3.5)
+
+
 def test_lost_and_repeated_samples_are_counted(tmp_path: Path) -> None:
     for name, batches in (("reference", [0, 1, 2]), ("run", [0, 0, 2])):
         (tmp_path / name).mkdir()
