@@ -54,7 +54,13 @@ class Move:
 
 
 def find_move(
-    step: int, before: Sequence[int], est_seconds: Sequence[float], *, steps_left: float, cost_seconds: float
+    step: int,
+    before: Sequence[int],
+    est_seconds: Sequence[float],
+    *,
+    steps_left: float,
+    cost_seconds: float,
+    max_ests: Sequence[int | None] = (),
 ) -> Move | None:
     """The split to move to, or None where none pays.
 
@@ -64,10 +70,12 @@ def find_move(
         est_seconds: seconds of one EST's step on each executor.
         steps_left: global steps until the end of training; may be infinite.
         cost_seconds: what a restart costs.
+        max_ests: ESTs that fit into each executor's memory; None: all; empty: nobody has said.
     """
     names = [str(i) for i in range(len(before))]
     speeds = dict(zip(names, est_seconds, strict=True))
-    found = plan(sum(before), names, speeds, previous=before, use_every_device=True)
+    limits = {name: limit for name, limit in zip(names, max_ests, strict=False) if limit is not None}
+    found = plan(sum(before), names, speeds, previous=before, max_ests=limits, use_every_device=True)
     now = max(a * t for a, t in zip(before, est_seconds, strict=True))
     if not worth_moving(now, found.step_seconds, steps_left, cost_seconds):
         return None
@@ -234,4 +242,11 @@ class Rebalance(Checkpoint):
         accumulated = trainer.accumulate_grad_batches
         speeds = [s * accumulated / len(ests) for s, ests in zip(busy, placement, strict=True)]
         left = trainer.estimated_stepping_batches - step
-        return find_move(step, placement.ests_per_executor, speeds, steps_left=left, cost_seconds=self._cost)
+        return find_move(
+            step,
+            placement.ests_per_executor,
+            speeds,
+            steps_left=left,
+            cost_seconds=self._cost,
+            max_ests=strategy.topology.max_ests,
+        )

@@ -51,6 +51,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast, and the
             split is as even as possible.
+        max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).
         gradient_offload: ``"host"`` keeps what waits for the last EST in pinned host memory: partial sums under the
             ``tree`` order, else gradients.
         process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
@@ -88,6 +89,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         threads_per_est: int | None = None,
         ests_per_executor: Sequence[int] | None = None,
         step_seconds: Mapping[str, float] | None = None,
+        max_ests: Mapping[str, int] | None = None,
         gradient_offload: Literal["host"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -128,6 +130,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         self._threads = threads_per_est
         self._ests_per_executor = tuple(ests_per_executor) if ests_per_executor is not None else None
         self._step_seconds = dict(step_seconds) if step_seconds is not None else None
+        self._max_ests = dict(max_ests or {})
         self.execution = Execution(self, process_group_backend, allow_operations)
         self.checkpointing = Checkpointing(self, allow=tuple(allow))
         self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps, snapshot_replicas)
@@ -260,6 +263,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             ests_per_executor=self._ests_per_executor,
             types=[t.name for t in self.device_types],
             step_seconds=self._step_seconds,
+            max_ests=self._max_ests,
             spares=self.boundaries.elastic_dir is not None,
         )
         self._say_what_is_ignored(given)

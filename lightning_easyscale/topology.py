@@ -35,6 +35,7 @@ class Topology:
         starts_processes: whether this process has to start the other executors of its host.
         under_agent: whether torchrun or the supervisor decides about processes.
         physical: the environment that numbers processes.
+        max_ests: how many ESTs fit on each executor of this host; None: as many as there are.
     """
 
     placement: Placement
@@ -43,6 +44,7 @@ class Topology:
     starts_processes: bool
     under_agent: bool
     physical: ClusterEnvironment
+    max_ests: tuple[int | None, ...] = ()
 
     @property
     def is_spare(self) -> bool:
@@ -94,6 +96,7 @@ def find_topology(
     ests_per_executor: Sequence[int] | None,
     types: Sequence[str] = (),
     step_seconds: Mapping[str, float] | None = None,
+    max_ests: Mapping[str, int] | None = None,
     spares: bool = False,
 ) -> Topology:
     """Find out which executor this process is, and place the ESTs.
@@ -106,10 +109,11 @@ def find_topology(
         ests_per_executor: how many ESTs each executor hosts; by default the planner decides.
         types: device type of each executor of this host.
         step_seconds: seconds of one EST's step per device type, from which the planner balances the ESTs.
+        max_ests: ESTs that fit into one device's memory per type, which the planner does not exceed.
         spares: whether processes that an agent has started beyond N may wait.
 
     Raises:
-        ValueError: if N is unknown under torchrun, or the ESTs do not fit the executors.
+        ValueError: if N is unknown under torchrun, or the ESTs do not fit the executors or their memory.
     """
     ours = os.environ.get(EXECUTOR_VARIABLE)
     agent = started_by_agent(physical)
@@ -130,7 +134,7 @@ def find_topology(
     else:
         # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
         used = min(executors, given or executors) if agent and spares else executors
-        placement = _planned(executors, given or executors, used, types, step_seconds)
+        placement = _planned(executors, given or executors, used, types, step_seconds, max_ests or {})
     return Topology(
         placement=placement,
         executor=executor,
@@ -138,6 +142,7 @@ def find_topology(
         starts_processes=ours is None and not physical.creates_processes_externally,
         under_agent=agent,
         physical=physical,
+        max_ests=tuple((max_ests or {}).get(name) for name in types),
     )
 
 
@@ -161,14 +166,21 @@ def _as_given(executors: int, given: int | None, counts: Sequence[int]) -> Place
 
 
 def _planned(
-    executors: int, num_ests: int, used: int, types: Sequence[str], step_seconds: Mapping[str, float] | None
+    executors: int,
+    num_ests: int,
+    used: int,
+    types: Sequence[str],
+    step_seconds: Mapping[str, float] | None,
+    max_ests: Mapping[str, int],
 ) -> Placement:
     """The planner's split over the first `used` executors; with equal speeds, or none given, it is the even one."""
-    if step_seconds is None:
+    if step_seconds is None and not max_ests:
         return Placement.even(num_ests, used)
     if len(types) != executors:
+        name = "max_ests" if step_seconds is None else "step_seconds"
         raise ValueError(
-            f"`step_seconds` balances the devices of one host, but {executors - len(types)} of the {executors}"
+            f"`{name}` balances the devices of one host, but {executors - len(types)} of the {executors}"
             " executors run elsewhere. HINT: give `ests_per_executor`."
         )
-    return plan(num_ests, types[:used], step_seconds, use_every_device=True).placement
+    seconds = dict.fromkeys(types, 1.0) if step_seconds is None else step_seconds
+    return plan(num_ests, types[:used], seconds, max_ests=max_ests, use_every_device=True).placement

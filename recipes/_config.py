@@ -49,11 +49,13 @@ class ScheduleConf:
         stages: one after another.
         step_seconds: device type -> seconds of one EST's step, from which the planner splits the ESTs of stages that
             do not say how; default: all types are equally fast, which gives an even split.
+        max_ests: device type -> ESTs that fit into its memory, for the planner.
     """
 
     num_ests: int = MISSING
     stages: List[StageConf] = MISSING  # noqa: UP006
-    step_seconds: Optional[Dict[str, float]] = None  # noqa: UP006, UP045
+    step_seconds: Dict[str, float] = field(default_factory=dict)  # noqa: UP006
+    max_ests: Dict[str, int] = field(default_factory=dict)  # noqa: UP006
 
 
 @dataclass
@@ -234,7 +236,8 @@ def _ests_per_executor(stage: StageConf, index: int, schedule: ScheduleConf) -> 
     if stage.ests_per_device is None:
         seconds = stage.step_seconds or schedule.step_seconds or dict.fromkeys(stage.devices, 1.0)
         try:
-            return plan(num_ests, stage.devices, seconds, use_every_device=True).ests_per_device
+            limits = schedule.max_ests
+            return plan(num_ests, stage.devices, seconds, max_ests=limits, use_every_device=True).ests_per_device
         except ValueError as error:
             raise ConfigError(f"`{where}`: {error}") from error
     if set(stage.ests_per_device) != set(stage.devices):

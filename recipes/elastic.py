@@ -70,7 +70,7 @@ class LiveScheduleConf:
     random_stages: int = 0
     random_types: List[str] = field(default_factory=lambda: ["v100", "p100", "t4"])  # noqa: UP006
     random_steps: List[int] = field(default_factory=lambda: [5, 30])  # noqa: UP006
-    step_seconds: Optional[Dict[str, float]] = None  # noqa: UP006, UP045
+    step_seconds: Dict[str, float] = field(default_factory=dict)  # noqa: UP006
 
 
 @dataclass
@@ -128,7 +128,7 @@ def stages_of(conf: ElasticConf) -> list[LiveStage]:
     else:
         stages = [LiveStage(dict(s.devices), s.steps, s.seconds) for s in schedule.stages]
     stages = check_stages(stages, schedule.num_ests)
-    if schedule.step_seconds is not None:
+    if schedule.step_seconds:
         for stage in stages:  # a type without a time fails here, not in the middle of the job
             plan(schedule.num_ests, stage.devices, schedule.step_seconds, use_every_device=True)
     names = {name for stage in stages for name in stage.devices}
@@ -163,7 +163,7 @@ def make_spec(conf: ElasticConf, stages: list[LiveStage], directory: Path, data:
         workload=vars(conf.workload),
         trainer={key: value for key, value in vars(conf.trainer).items() if key != "max_steps"},
         pace=() if reference or not conf.pause_s else ((0, (conf.pause_s,) * num_ests),),
-        step_seconds=conf.live_schedule.step_seconds,
+        step_seconds=conf.live_schedule.step_seconds or None,
     )
 
 

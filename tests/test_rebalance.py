@@ -23,6 +23,14 @@ def test_every_executor_keeps_an_est():
     assert move.ests_per_executor == (3, 1)
 
 
+def test_no_executor_gets_more_ests_than_fit():
+    where = {"steps_left": float("inf"), "cost_seconds": 30.0}
+    assert find_move(0, (2, 2), (1.0, 50.0), max_ests=(2, None), **where) is None
+    move = find_move(0, (2, 3), (1.0, 50.0), max_ests=(3, None), **where)
+    assert move is not None
+    assert move.ests_per_executor == (3, 2)
+
+
 def test_waiting_and_pauses_are_no_work(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 100.0, 101.0])
     monkeypatch.setattr(rebalance.time, "perf_counter", lambda: next(clock))

@@ -58,11 +58,22 @@ def test_the_planner_knows_the_number_of_ests_from_the_variable(monkeypatch):
         ({"ests_per_executor": [3, 3]}, "adds up to 6, not to `num_ests=5`"),
         ({"num_nodes": 2, "types": ["v100", "p100"], "step_seconds": {"v100": 1.0, "p100": 1.0}}, "run elsewhere"),
         ({"types": ["v100", "p100"], "step_seconds": {"v100": 1.0}}, "no time for device type `p100`"),
+        ({"types": ["v100", "p100"], "max_ests": {"v100": 1, "p100": 2}}, "hold 3 ESTs by their memory limits"),
+        ({"types": ["v100"], "max_ests": {"v100": 1}}, "`max_ests` balances the devices of one host"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         find(**changes)
+
+
+def test_no_device_gets_more_ests_than_fit():
+    types, seconds = ["v100", "p100"], {"v100": 0.1, "p100": 0.9}
+    fast = find(types=types, step_seconds=seconds)
+    assert fast.placement.ests_per_executor == (4, 1)
+    small = find(types=types, step_seconds=seconds, max_ests={"v100": 2})
+    assert (small.placement.ests_per_executor, small.max_ests) == ((2, 3), (2, None))
+    assert find(types=types, max_ests={"v100": 1}).placement.ests_per_executor == (1, 4)
 
 
 def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True, **options):

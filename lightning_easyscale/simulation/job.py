@@ -133,7 +133,6 @@ def build_jobs(
     *,
     capacity: Counts | None = None,
     oversize: str = "error",
-    max_ests: dict[str, int] | None = None,
 ) -> list[JobState]:
     """States for a trace on a cluster with `types`, in trace order; jobs of the same class share a planner.
 
@@ -144,7 +143,6 @@ def build_jobs(
         capacity: devices per type; needed for ``oversize="move"``.
         oversize: what to do with a job that asks for more devices of its type than there are: ``"error"`` leaves it to
             the policy's check (gangs refuse it), ``"move"`` lets it ask for the fastest type that has enough.
-        max_ests: memory limit per type.
 
     Raises:
         ValueError: if two jobs share a name, a job prefers a type that the cluster does not have, or a job is larger
@@ -179,7 +177,6 @@ def build_jobs(
                         to_ns(profile.seconds(spec.workload, name, kernels, spec.batch_size)),
                         to_ns(profile.switch_seconds),
                         to_ns(profile.fixed_seconds(spec.workload, name, kernels, spec.batch_size)),
-                        max_ests=(max_ests or {}).get(name),
                     )
                     for name in types
                 ],

@@ -61,6 +61,8 @@ def test_the_planner_splits_what_a_stage_leaves_open():
     assert [s.ests_per_executor for s in stages] == [(1, 1, 1, 1), (3, 1), (2, 1, 1)]
     own = check(configure("schedule.stages=[{devices: {v100: 1, t4: 1}, steps: 1, step_seconds: {v100: 1, t4: 9}}]"))
     assert own[0].ests_per_executor == (3, 1)
+    small = check(configure("schedule=planned", "+schedule.max_ests={v100: 2}"))
+    assert [s.ests_per_executor for s in small] == [(1, 1, 1, 1), (2, 2), (2, 1, 1)]
 
 
 def test_default_split_is_even_and_max_steps_ends_the_schedule_early():
