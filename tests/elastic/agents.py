@@ -78,9 +78,9 @@ class Host:
         assert self.agent is not None
         self.agent.wait(30)
 
-    def ended(self) -> int:
+    def ended(self, within: float = _PATIENCE) -> int:
         assert self.agent is not None
-        return self.agent.wait(_PATIENCE)
+        return self.agent.wait(within)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")

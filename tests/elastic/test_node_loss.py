@@ -141,7 +141,8 @@ def test_an_agent_that_is_killed_alone_disturbs_nothing(tmp_path: Path, referenc
         try:
             a.wait_for_checkpoint()
             job.hurry.touch()
-            assert a.ended() == 0, a.text()[-4000:]
+            # At the end an agent waits for the others, 300 s for one that is no more.
+            assert a.ended(within=600) == 0, a.text()[-4000:]
         finally:
             b.kill(left[1:])
         check(job, reference)
