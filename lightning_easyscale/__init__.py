@@ -3,12 +3,17 @@
 Importing the package registers ``Trainer(strategy="easyscale")`` and ``Trainer(accelerator="easyscale")``.
 """
 
-from .accelerator import EasyScaleAccelerator
-from .callbacks import DeterminismCallback, RunRecord
-from .placement import Placement
-from .rebalance import Rebalance
-from .reduction.hook import ordered_allreduce_hook
-from .strategy import EasyScaleStrategy
+import sys
+
+# While Python looks for the module of `python -m`, `sys.argv` begins so. The supervisor and its commands train nothing,
+# and torch and Lightning take seconds and hundreds of megabytes.
+if not (sys.argv[:1] == ["-m"] and "lightning_easyscale.elastic" in sys.orig_argv):
+    from .accelerator import EasyScaleAccelerator
+    from .callbacks import DeterminismCallback, RunRecord
+    from .placement import Placement
+    from .rebalance import Rebalance
+    from .reduction.hook import ordered_allreduce_hook
+    from .strategy import EasyScaleStrategy
 
 __version__ = "0.1.0"
 

@@ -69,6 +69,17 @@ def test_a_script_runs_unchanged_on_typed_devices(tmp_path: Path) -> None:
     assert events[1]["data"]["placement"]["host_device_types"] == ["v100", "t4"]
 
 
+def test_commands_do_not_import_torch(tmp_path: Path) -> None:
+    """It takes seconds; whoever trains gets the strategy all the same."""
+    command = [sys.executable, "-X", "importtime", *COMMAND[1:], "status", "--dir", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "there is no job" in done.stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "lightning_easyscale" in imported
+    assert not imported & {"torch", "lightning", "numpy"}
+
+
 def test_commands_without_a_job_and_bad_arguments_end_with_one_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
