@@ -5,9 +5,10 @@ Importing the package registers ``Trainer(strategy="easyscale")`` and ``Trainer(
 
 import sys
 
-# While Python looks for the module of `python -m`, `sys.argv` begins so. The supervisor and its commands train nothing,
-# and torch and Lightning take seconds and hundreds of megabytes.
-if not (sys.argv[:1] == ["-m"] and "lightning_easyscale.elastic" in sys.orig_argv):
+# The commands that train nothing need no Lightning, which takes seconds and hundreds of megabytes. While Python looks
+# for the module of `python -m`, `sys.argv` begins so.
+_COMMANDS = ["lightning_easyscale.elastic", "lightning_easyscale.compare", "lightning_easyscale.doctor"]
+if not (sys.argv[:1] == ["-m"] and any(name in sys.orig_argv for name in _COMMANDS)):
     from .accelerator import EasyScaleAccelerator
     from .callbacks import DeterminismCallback, RunRecord
     from .placement import Placement
