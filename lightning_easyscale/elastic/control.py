@@ -86,8 +86,11 @@ class JobFolder:
 
     def newest_checkpoint(self) -> str | None:
         """The file name of the newest committed checkpoint."""
-        files = sorted((f.stat().st_mtime_ns, f.name) for f in (self.path / "checkpoints").glob("*.ckpt"))
-        return files[-1][1] if files else None
+        found = []
+        for file in (self.path / "checkpoints").glob("*.ckpt"):
+            with suppress(FileNotFoundError):  # an executor has just removed it: there is a newer one
+                found.append((file.stat().st_mtime_ns, file.name))
+        return max(found)[1] if found else None
 
     def request(self, what: str, **arguments: Any) -> dict[str, Any]:
         """Ask the supervisor.

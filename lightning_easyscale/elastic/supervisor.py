@@ -375,7 +375,10 @@ class Supervisor:
             self._begin_stop(signal.Signals(number).name)
 
     def _write_state(self, state: str, code: int | None) -> None:
-        self.folder.write_state(state=state, code=code, command=self.command, **self._facts())
+        try:
+            self.folder.write_state(state=state, code=code, command=self.command, **self._facts())
+        except OSError as error:  # a full disk; the job needs the state only once this process is gone
+            self._tell(f"the job's state cannot be written: {error}")
 
     def _facts(self) -> dict[str, Any]:
         return {

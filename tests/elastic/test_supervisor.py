@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from lightning_easyscale.elastic import stage
+from lightning_easyscale.elastic.console import say
 from lightning_easyscale.elastic.control import JobError, JobFolder
 from lightning_easyscale.elastic.group import Devices
 from lightning_easyscale.elastic.notice import STOPPED
@@ -134,6 +137,27 @@ def test_a_job_runs_to_its_end(tmp_path: Path) -> None:
     assert job.folder.read_state()["state"] == "finished"
     with pytest.raises(JobError, match="has finished"):
         job.folder.request("resize", devices="1")
+
+
+@pytest.mark.fault("a full disk under the supervisor, nobody at its output")
+def test_a_state_that_cannot_be_written_and_output_that_nobody_reads_do_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on to its end."""
+
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    job = Job(tmp_path, 3)
+    monkeypatch.setattr(job.folder, "write_state", full)
+    assert job.run() == 0
+    assert job.said("the job's state cannot be written: [Errno 28] No space left on device")
+    monkeypatch.setattr(sys, "stderr", Closed())
+    say("nobody reads this")
 
 
 def test_devices_change_while_it_runs_and_a_stop_can_be_continued(tmp_path: Path) -> None:
@@ -299,6 +323,16 @@ def test_an_executor_that_does_not_end_in_time_is_killed(tmp_path: Path) -> None
     job = Job(tmp_path, LONG, "0:1:hang", grace=0.5)
     assert job.run(trained(1), resize("1"), trained(2), stop) == STOPPED
     assert job.said("executors [0] have not ended in time")
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_looked_at_is_not_the_newest(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    assert folder.newest_checkpoint() is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "gone.ckpt").symlink_to(tmp_path / "nothing")  # listed, and not there any more
+    assert folder.newest_checkpoint() is None
+    (tmp_path / "checkpoints" / "kept.ckpt").touch()
+    assert folder.newest_checkpoint() == "kept.ckpt"
 
 
 def test_two_supervisors_do_not_share_a_folder(tmp_path: Path) -> None:
