@@ -35,7 +35,7 @@ class Job:
         self.folder = folder
         script = ["-m", "tests.elastic.script", "--out", str(folder.parent), *LENGTH, *arguments]
         self.hurry = folder.parent / "hurry"
-        script += ["--delay", "1.0", "--hurry", str(self.hurry)]
+        script += ["--delay", "3.0", "--hurry", str(self.hurry)]
         self.process = subprocess.Popen(
             [*COMMAND, "run", "--dir", str(folder), "--devices", devices, "--in-place", *script],
             cwd=ROOT,
