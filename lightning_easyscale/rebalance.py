@@ -60,7 +60,7 @@ def find_move(
     *,
     steps_left: float,
     cost_seconds: float,
-    max_ests: Sequence[int | None] = (),
+    max_ests: Sequence[int | None] | None = None,
 ) -> Move | None:
     """The split to move to, or None where none pays.
 
@@ -70,11 +70,12 @@ def find_move(
         est_seconds: seconds of one EST's step on each executor.
         steps_left: global steps until the end of training; may be infinite.
         cost_seconds: what a restart costs.
-        max_ests: ESTs that fit into each executor's memory; None: all; empty: nobody has said.
+        max_ests: ESTs that fit into each executor's memory; None: no limit.
     """
     names = [str(i) for i in range(len(before))]
     speeds = dict(zip(names, est_seconds, strict=True))
-    limits = {name: limit for name, limit in zip(names, max_ests, strict=False) if limit is not None}
+    fit = max_ests or [None] * len(names)
+    limits = {name: limit for name, limit in zip(names, fit, strict=True) if limit is not None}
     found = plan(sum(before), names, speeds, previous=before, max_ests=limits, use_every_device=True)
     now = max(a * t for a, t in zip(before, est_seconds, strict=True))
     if not worth_moving(now, found.step_seconds, steps_left, cost_seconds):
@@ -234,9 +235,9 @@ class Rebalance(Checkpoint):
         """The move that all ESTs find alike, from every executor's measurement."""
         session, placement = strategy.session, strategy.placement
         assert session is not None
-        own = self._measured.seconds if strategy.is_lead else None
+        own = (self._measured.seconds if strategy.is_lead else None, strategy.topology.max_ests)
         gathered = session.gather(strategy.global_rank, lambda _: own, "rebalance")
-        busy = [gathered[ests[0]] for ests in placement]
+        busy, limits = zip(*(gathered[ests[0]] for ests in placement), strict=True)
         if any(seconds is None or seconds <= 0 for seconds in busy):
             return None
         accumulated = trainer.accumulate_grad_batches
@@ -248,5 +249,5 @@ class Rebalance(Checkpoint):
             speeds,
             steps_left=left,
             cost_seconds=self._cost,
-            max_ests=strategy.topology.max_ests,
+            max_ests=limits,
         )

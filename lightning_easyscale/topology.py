@@ -35,7 +35,7 @@ class Topology:
         starts_processes: whether this process has to start the other executors of its host.
         under_agent: whether torchrun or the supervisor decides about processes.
         physical: the environment that numbers processes.
-        max_ests: how many ESTs fit on each executor of this host; None: as many as there are.
+        max_ests: how many ESTs fit on this executor; None: nobody has said.
     """
 
     placement: Placement
@@ -44,7 +44,7 @@ class Topology:
     starts_processes: bool
     under_agent: bool
     physical: ClusterEnvironment
-    max_ests: tuple[int | None, ...] = ()
+    max_ests: int | None = None
 
     @property
     def is_spare(self) -> bool:
@@ -131,10 +131,12 @@ def find_topology(
     given = _given_ests(num_ests, ests_per_executor, agent=agent)
     if ests_per_executor is not None:
         placement = _as_given(executors, given, ests_per_executor)
+        _check_memory(placement, first, types, max_ests or {})
     else:
         # What an agent starts beyond the number of ESTs waits as spares, if there is a folder to wait for.
         used = min(executors, given or executors) if agent and spares else executors
         placement = _planned(executors, given or executors, used, types, step_seconds, max_ests or {})
+    own_type = dict(enumerate(types, first)).get(executor, "")
     return Topology(
         placement=placement,
         executor=executor,
@@ -142,7 +144,7 @@ def find_topology(
         starts_processes=ours is None and not physical.creates_processes_externally,
         under_agent=agent,
         physical=physical,
-        max_ests=tuple((max_ests or {}).get(name) for name in types),
+        max_ests=(max_ests or {}).get(own_type),
     )
 
 
@@ -163,6 +165,15 @@ def _as_given(executors: int, given: int | None, counts: Sequence[int]) -> Place
             " HINT: give one count per device."
         )
     return Placement.check(counts, given or executors)
+
+
+def _check_memory(placement: Placement, first: int, types: Sequence[str], max_ests: Mapping[str, int]) -> None:
+    for executor, (name, ests) in enumerate(zip(types, placement.ests_per_executor[first:], strict=False), first):
+        if ests > max_ests.get(name, ests):
+            raise ValueError(
+                f"`ests_per_executor={list(placement.ests_per_executor)}` gives executor {executor} {ests} ESTs, but"
+                f" `max_ests` says that a {name} holds {max_ests[name]}. HINT: change one of the two."
+            )
 
 
 def _planned(

@@ -59,6 +59,10 @@ def test_the_planner_knows_the_number_of_ests_from_the_variable(monkeypatch):
         ({"num_nodes": 2, "types": ["v100", "p100"], "step_seconds": {"v100": 1.0, "p100": 1.0}}, "run elsewhere"),
         ({"types": ["v100", "p100"], "step_seconds": {"v100": 1.0}}, "no time for device type `p100`"),
         ({"types": ["v100", "p100"], "max_ests": {"v100": 1, "p100": 2}}, "hold 3 ESTs by their memory limits"),
+        (
+            {"types": ["v100", "p100"], "max_ests": {"p100": 1}, "ests_per_executor": [3, 2]},
+            r"\[3, 2\]` gives executor 1 2 ESTs, but `max_ests` says that a p100 holds 1",
+        ),
         ({"types": ["v100"], "max_ests": {"v100": 1}}, "`max_ests` balances the devices of one host"),
     ],
 )
@@ -72,8 +76,23 @@ def test_no_device_gets_more_ests_than_fit():
     fast = find(types=types, step_seconds=seconds)
     assert fast.placement.ests_per_executor == (4, 1)
     small = find(types=types, step_seconds=seconds, max_ests={"v100": 2})
-    assert (small.placement.ests_per_executor, small.max_ests) == ((2, 3), (2, None))
+    assert small.placement.ests_per_executor == (2, 3)
     assert find(types=types, max_ests={"v100": 1}).placement.ests_per_executor == (1, 4)
+
+
+@pytest.mark.parametrize(("executor", "limit"), [("0", 4), ("1", None)])
+def test_an_executor_knows_its_own_limit(monkeypatch, executor, limit):
+    monkeypatch.setenv(EXECUTOR_VARIABLE, executor)
+    assert find(types=["v100", "p100"], max_ests={"v100": 4}).max_ests == limit
+
+
+def test_limits_are_those_of_this_hosts_devices(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv(EXECUTOR_VARIABLE, "3")
+    second = {"num_nodes": 2, "types": ["p100", "v100"], "max_ests": {"v100": 2}}
+    assert find(**second, ests_per_executor=[3, 1, 1, 2], num_ests=7).max_ests == 2
+    with pytest.raises(ValueError, match="gives executor 3 3 ESTs"):
+        find(**second, ests_per_executor=[3, 1, 1, 3], num_ests=8)
 
 
 def under_an_agent(monkeypatch, *, rank, world_size, num_ests, spares=True, **options):

@@ -45,6 +45,13 @@ class Job:
             text=True,
         )
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()  # of a test that failed; the executors stop with it
+        self.process.communicate()
+
     def status(self) -> dict[str, Any]:
         return JobFolder(self.folder).request("status")
 
@@ -59,13 +66,13 @@ class Job:
 
 
 def test_processes_stay_while_devices_come_and_go(tmp_path: Path, reference: Path) -> None:
-    job = Job(tmp_path / "job", "2")
-    wait_for_step(job.folder, 2)
-    two = job.status()["executors"]
-    three = job.resize("3", stages=2)
-    one = job.resize("1", stages=3)
-    job.hurry.touch()
-    output = ended(job.process)
+    with Job(tmp_path / "job", "2") as job:
+        wait_for_step(job.folder, 2)
+        two = job.status()["executors"]
+        three = job.resize("3", stages=2)
+        one = job.resize("1", stages=3)
+        job.hurry.touch()
+        output = ended(job.process)
     assert three[:2] == two, output
     assert one == two[:1], output
     assert "4 ESTs as 2 + 1 + 1" in output
