@@ -18,6 +18,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from lightning_easyscale.compare import compare
 from lightning_easyscale.devices import device_type, pinned_environment
 from lightning_easyscale.digest import digest_state
 from lightning_easyscale.record import Record
@@ -26,7 +27,8 @@ from recipes import _figure, _report
 from recipes._config import ConfigError, check
 from recipes._runs import RunFailedError, _StepCounter, child_environment, execute, is_complete, marker
 from recipes._stage import RunSpec
-from recipes.accuracy_consistency import draw_again, plan, run, start_method
+from recipes.accuracy_consistency import draw_again, environments_of, plan, run, start_method
+from recipes.workloads import prepare
 
 from .conftest import POOL
 
@@ -263,6 +265,26 @@ def test_processes_that_use_a_gpu_are_not_forked(monkeypatch):
     gpu = replace(device_type("cpu"), name="h100", kind="cuda")
     monkeypatch.setattr("lightning_easyscale.devices.device_type", lambda name, *, emulate=None: gpu)
     assert start_method(False, 1, "d1", ("h100",)) == "popen"
+
+
+@pytest.mark.emulation
+def test_forked_executors_have_the_bits_of_stock_ddp(tmp_path):
+    """Both in processes that their own launchers fork, as `make demo` runs them."""
+    pytest.importorskip("mlxtend")
+    conf = configure("schedule=smoke", *SMALL, "threads_per_est=1")
+    runs = plan(conf, check(conf), tmp_path, prepare(vars(conf.workload), tmp_path / "data"))[:2]
+    for number, spec in enumerate(runs):
+        assert spec.start_method == "fork"
+        execute(
+            replace(spec, end_step=3, digest_at=(3,)),
+            log=tmp_path / f"{number}.log",
+            environments=environments_of(spec),
+            timeout_s=200.0,
+            progress=lambda done: None,
+            stop=threading.Event(),
+        )
+    assert compare(runs[1].record, runs[0].record) is None
+    assert Record.load(runs[1].record).num_ests == 2
 
 
 @pytest.fixture
