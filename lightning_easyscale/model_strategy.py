@@ -138,14 +138,11 @@ class ModelStrategy(DDPStrategy):
         session, options = self.session, self._ddp_kwargs
         assert session is not None
         pl.sync_module_states(model)
-        private = self._private_gradients
-        if self.resolved_reduction == "tree":
-            private = reads_before_step(self.lightning_module) or hasattr(self.precision_plugin, "scaler")
         return session.wrap(
             self.global_rank,
             model,
             options,
-            private_gradients=private,
+            private_gradients=self._private_gradients,
             offload=self._gradient_offload,
             saved_layout=self.checkpointing.saved_layout,
         )
@@ -157,12 +154,7 @@ class ModelStrategy(DDPStrategy):
         plugin = self.precision_plugin
         # A plugin of the user's own may do anything with them.
         touched = getattr(plugin, "scaler", None) is not None or not type(plugin).__module__.startswith("lightning.")
-        unusual = (
-            options["find_unused_parameters"]
-            or options["static_graph"]
-            or options["gradient_as_bucket_view"]
-            or self.resolved_reduction == "tree"
-        )
+        unusual = options["find_unused_parameters"] or options["static_graph"] or options["gradient_as_bucket_view"]
         return touched or unusual or reads_gradients(self.lightning_module)
 
     @contextmanager

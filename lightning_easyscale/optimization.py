@@ -222,3 +222,12 @@ def follow_lead(
     # Schedulers made later must not wrap it again: they expect a method.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = step  # type: ignore[method-assign,assignment]
+    if type(optimizer).zero_grad is Optimizer.zero_grad:
+        clear = optimizer.zero_grad
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            # It writes gradients alone, and each access to one would be looked at.
+            with watching_writes(False):
+                clear(set_to_none)
+
+        optimizer.zero_grad = zero_grad  # type: ignore[method-assign]

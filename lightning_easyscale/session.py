@@ -14,7 +14,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
 
     from .strategy import EasyScaleStrategy
 
-_BROADCAST_BYTES = 250 << 20  # DDP's own
 # A process can have one of each at work; it profiles the lead.
 _PROFILERS = (AdvancedProfiler, PyTorchProfiler)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -149,7 +147,6 @@ class Session:
             offload: where gradients or their partial sums wait.
             saved_layout: the bucket layout of the checkpoint that is resumed, if any.
         """
-        group = self.groups[rank]
         if rank == self.lead:
             self.gradients = collect_gradients(
                 self.reduction,
@@ -169,7 +166,7 @@ class Session:
             rank=rank,
             n=self.placement.num_ests,
             reduce=self.gradients,
-            sync_buffers=lambda buffers: dist._broadcast_coalesced(group, buffers, _BROADCAST_BYTES, 0),
+            sync_buffers=self.groups[rank].broadcast_coalesced,
             **{name: value for name, value in options.items() if name != "gradient_as_bucket_view"},
         )
 

@@ -103,7 +103,6 @@ class ESTDataParallel(nn.Module):
         """Run the module; outside `no_sync` and with gradients enabled, the next backward is reduced."""
         if torch.is_grad_enabled():
             self._refuse_unfinished()
-            self._reduce.privatize(self.rank)
         if self.require_forward_param_sync and self.broadcast_buffers:
             self._sync_buffers()
         # `torch.compile` asks which wrapper is at work, and splits graphs as for DDP.
@@ -134,7 +133,6 @@ class ESTDataParallel(nn.Module):
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
             self.require_forward_param_sync = True
             self._refuse_unfinished()
-            self._reduce.privatize(self.rank)
             self._expecting = True
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:

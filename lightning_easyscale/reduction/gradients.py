@@ -43,7 +43,7 @@ class GradientReduce(ABC):
         reduction: reduces them over all executors.
         private_gradients: every EST gets its own copy of the reduced gradients. Needed where ESTs may change them
             (user hooks between reduction and step) or go on with ``zero_grad(set_to_none=False)`` or a second backward
-            through the same graph.
+            through the same graph. Without it, only the executor's first EST has them.
         rendezvous: suspends an EST in `finish` until the executor's last one arrives and runs the given work. None:
             `finish` returns at once and the last one's call assigns all gradients, for ESTs run one after the other.
     """
@@ -121,9 +121,6 @@ class GradientReduce(ABC):
         """The greatest that any executor says, one by one."""
         device = self._parameters[self._ests.start][0].device
         return self._exchange.share(torch.tensor(numbers, dtype=torch.int32).to(device)).wait().tolist()
-
-    def privatize(self, rank: int) -> None:  # noqa: B027  most share nothing
-        """Give EST `rank` its own copy of gradients it shares, before backward accumulates into them."""
 
     def close(self) -> None:
         """End the communication thread; the next step begins a new one."""

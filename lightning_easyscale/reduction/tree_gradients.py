@@ -1,12 +1,12 @@
-"""Gradients of one executor's ESTs, folded in the `tree` order while they are produced, and freed at once.
+"""Gradients of one executor's ESTs, folded in the `tree` order while they are produced, and freed.
 
-Life of a step: each EST, in rank order, calls `deposit` as its parameters' gradients become final, which multiplies by
-1/N into the flat buffer of the parameter's bucket and frees the gradient; a full buffer is folded into the bucket's
-binary counter (`TreeFold`). Filling the last EST's buffer starts the exchange with the other executors, so it overlaps
-the rest of that EST's backward. `finish` ends an EST's part; the last one assigns the reduced gradients to all.
+Life of a step: each EST, in rank order, calls `deposit` as its parameters' gradients become final, which takes them
+away. When a bucket has all of an EST's, they are multiplied by 1/N in one flat tensor, freed, and folded into the
+bucket's binary counter (`TreeFold`). With the last EST's the exchange with the other executors starts, so it overlaps
+the rest of that EST's backward. `finish` ends an EST's part; the last one assigns the reduced gradients.
 
-Invariants: per bucket at most ``2 * floor(log2 k) + 1`` buffers for k ESTs are alive; buckets are exchanged in index
-order on every executor; the grouping into buckets changes no bits, because the order of addition is by rank alone.
+Invariants: per bucket at most ``2 * floor(log2 k) + 1`` flat tensors for k ESTs are alive; every executor exchanges
+buckets in index order; the grouping into buckets changes no bits, because the order of addition is by rank alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TreeGradients(GradientReduce):
         placement: which executor hosts which ESTs.
         executor: this executor.
         group: process group of all executors; None for one executor.
-        private_gradients: see `GradientReduce`; otherwise the ESTs of an executor share one storage.
+        private_gradients: see `GradientReduce`.
         offload: ``"host"`` lets partial sums wait in pinned host memory.
         bucket_cap_mb: size of a bucket in MiB, as in DDP.
         rendezvous: see `GradientReduce`.
@@ -62,7 +62,6 @@ class TreeGradients(GradientReduce):
         self._buckets: list[_Bucket] = []
         self._place: list[tuple[_Bucket, int]] = []
         self._pending: list[Pending] = []
-        self._shared: set[int] = set()
 
     def _prepare(self, parameters: list[Parameter]) -> None:
         # Gradients of the last parameters are expected first.
@@ -85,36 +84,22 @@ class TreeGradients(GradientReduce):
             self._in_turn(rank)
         parameter = self._parameters[rank][index]
         bucket, slot = self._place[index]
-        bucket.fill(rank, slot, parameter.grad, 1.0 / self.n)
+        bucket.take(rank, slot, parameter.grad, 1.0 / self.n)
         if used:
             parameter.grad = None
         while len(self._pending) < len(self._buckets) and self._buckets[len(self._pending)].fold.complete:
             blocks = self._buckets[len(self._pending)].fold.partials()
             self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
 
-    def privatize(self, rank: int) -> None:
-        """See `GradientReduce.privatize`."""
-        if not self._shared:
-            return
-        for parameter in self._parameters[rank]:
-            grad = parameter.grad
-            # An address may have been given to another tensor since: then this copies once in vain.
-            if grad is not None and grad.untyped_storage().data_ptr() in self._shared:
-                parameter.grad = grad.clone()
-
     def _complete(self) -> None:
         pending, self._pending = self._pending, []
         self._begun = set()
-        self._shared = set()
-        share = len(self._ests) > 1 and not self.private_gradients
         for bucket, handle in zip(self._buckets, pending, strict=True):
             flat = handle.wait()
-            views = bucket.views(flat)
-            if share:
-                self._shared.add(flat.untyped_storage().data_ptr())
             for rank in self._ests:
-                if self.private_gradients and rank != self._ests.start:
-                    views = bucket.views(flat.clone())
+                views: Sequence[Tensor | None] = [None] * len(bucket.members)
+                if rank == self._ests.start or self.private_gradients:
+                    views = bucket.views(flat if rank == self._ests.start else flat.clone())
                 for index, view in zip(bucket.members, views, strict=True):
                     if index not in self._unused:
                         self._parameters[rank][index].grad = view
@@ -128,29 +113,36 @@ class _Bucket(BucketForm):
     ) -> None:
         super().__init__(members, parameters)
         self.fold = TreeFold(ests, n, offload=offload)
-        self._filling: dict[int, tuple[Tensor, list[Tensor], set[int]]] = {}
+        self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
 
-    @torch.no_grad()
-    def fill(self, rank: int, slot: int, grad: Tensor | None, factor: float) -> None:
-        """Write one gradient, scaled, into the buffer of EST `rank`; fold the buffer when it is full."""
+    def take(self, rank: int, slot: int, grad: Tensor | None, factor: float) -> None:
+        """Take one gradient of EST `rank`; fold them, scaled, when all are there."""
         if grad is not None and grad.layout != torch.strided:
             raise ValueError(
                 f"EST {rank} produced a sparse gradient ({grad.layout}) of shape {list(grad.shape)}, which has no"
                 " placement-independent order of addition. HINT: build the embedding with `sparse=False`."
             )
-        if rank not in self._filling:
-            flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-            self._filling[rank] = (flat, self.views(flat), set())
-        flat, views, filled = self._filling[rank]
-        if grad is None:
-            views[slot].zero_()
-        else:
-            torch.mul(grad.detach(), factor, out=views[slot])
-        filled.add(slot)
-        if len(filled) == len(self.members):
-            del self._filling[rank]
-            # ESTs take turns in rank order, but a collective inside backward may let a later one be ready first.
-            self._early[rank] = flat
-            while (due := self.fold.due) in self._early:
-                self.fold.push(due, self._early.pop(due))
+        taken = self._taken.setdefault(rank, {})
+        taken[slot] = grad
+        if len(taken) < len(self.members):
+            return
+        del self._taken[rank]
+        # ESTs take turns in rank order, but a collective inside backward may let a later one be ready first.
+        self._early[rank] = self._scaled([taken[slot] for slot in range(len(self.members))], factor)
+        while (due := self.fold.due) in self._early:
+            self.fold.push(due, self._early.pop(due))
+
+    @torch.no_grad()
+    def _scaled(self, grads: list[Tensor | None], factor: float) -> Tensor:
+        """The bucket's gradients, multiplied by a factor, in one flat tensor: few kernels, however many they are."""
+        pieces = [
+            torch.zeros(size, dtype=self.dtype, device=self.device) if grad is None else self.flattened(slot, grad)
+            for slot, (grad, size) in enumerate(zip(grads, self.sizes(), strict=True))
+        ]
+        flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        if flat.is_cuda:
+            return torch.cat(pieces, out=flat).mul_(factor)
+        for part, piece in zip(flat.split(self.sizes()), pieces, strict=True):
+            torch.mul(piece, factor, out=part)
+        return flat

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group  # type: ignore[attr-defined]
+from torch._utils import _unflatten_dense_tensors
 
 from . import collectives as computed
 from .channel import Channel
@@ -158,6 +159,29 @@ class VirtualProcessGroup(_ProcessGroup):
         if self._group_rank != root:
             copy_into(targets, results)
         return done(targets)
+
+    def broadcast_coalesced(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the first EST's tensors to all others, in place, those of one type as one flat tensor.
+
+        The world's group only. No EST waits for another of its executor.
+        """
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel():
+                kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        groups, channel = list(kinds.values()), self._channel
+        tag = f"broadcast_coalesced({', '.join(f'{len(group)} of {kind[0]}' for kind, group in kinds.items())})"
+
+        def value() -> list[Any]:
+            flats = [torch.cat([tensor.reshape(-1) for tensor in group]) for group in groups]
+            channel.share(tag, flats, 0)
+            return [_unflatten_dense_tensors(flat, group) for flat, group in zip(flats, groups, strict=True)]
+
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            sources = channel.executor.publish(self._est_rank, self.next_key(), tag, value)
+            if self._group_rank != 0:
+                for group, views in zip(groups, sources, strict=True):
+                    torch._foreach_copy_(group, views)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every member's tensor, in rank order."""

@@ -30,22 +30,21 @@ def ours(pool: Pool, scenario: str, placement: tuple[int, ...], **options: objec
 def test_collected_gradients_equal_stock_ddp_with_the_ordered_hook(
     pool: Pool, scenario: str, placement: tuple[int, ...]
 ) -> None:
-    private = scenario == "zeroed"
     reference = expected(pool, sum(placement), scenario)
-    assert ours(pool, scenario, placement, private=private) == reference
+    assert ours(pool, scenario, placement) == reference
     assert all(len(set(seen)) == STEPS for seen in reference.values())
 
 
 @pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
 @pytest.mark.parametrize("scenario", [*SCENARIOS, "aliased"])
 def test_collected_buckets_equal_stock_ddp(pool: Pool, scenario: str, placement: tuple[int, ...]) -> None:
-    got = ours(pool, scenario, placement, order="ddp", private=True)
+    got = ours(pool, scenario, placement, order="ddp")
     assert got == expected(pool, sum(placement), scenario, "ddp")
 
 
 @pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "zeroed", "unused", "static", "aliased"])
 def test_gradient_as_bucket_view_scales_as_stock_ddp(pool: Pool, scenario: str) -> None:
-    got = ours(pool, scenario, (2, 1), order="ddp", private=True, view=True)
+    got = ours(pool, scenario, (2, 1), order="ddp", view=True)
     assert got == expected(pool, 3, scenario, "ddp", view=True)
 
 
@@ -54,18 +53,13 @@ def test_gradient_as_bucket_view_changes_no_bits_under_the_hook(pool: Pool, scen
     assert expected(pool, 3, scenario, view=True) == expected(pool, 3, scenario)
 
 
-@pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "unused"])
-def test_private_and_shared_gradients_have_the_same_bits(pool: Pool, scenario: str) -> None:
-    assert ours(pool, scenario, (2, 1), private=True) == expected(pool, 3, scenario)
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize("placement", [c for n in range(2, 6) for c in compositions(n)], ids=str)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_collected_gradients_equal_stock_ddp_for_every_placement(
     pool: Pool, scenario: str, placement: tuple[int, ...]
 ) -> None:
-    assert ours(pool, scenario, placement, private=scenario == "zeroed") == expected(pool, sum(placement), scenario)
+    assert ours(pool, scenario, placement) == expected(pool, sum(placement), scenario)
     for view in (False, True):
-        got = ours(pool, scenario, placement, order="ddp", private=True, view=view)
+        got = ours(pool, scenario, placement, order="ddp", view=view)
         assert got == expected(pool, sum(placement), scenario, "ddp", view)

@@ -161,18 +161,17 @@ def collected(
     scenario: str,
     placement: tuple[int, ...],
     order: str = "tree",
-    private: bool = False,
     view: bool = False,
 ) -> dict[int, list[str]]:
     """The ESTs of one executor, run one after the other."""
     where, physical = Placement(placement), group if group.size() > 1 else None
     gradients: GradientReduce
     if order == "tree":
-        gradients = TreeGradients(where, executor, physical, private_gradients=private, bucket_cap_mb=CAP_MB)
+        gradients = TreeGradients(where, executor, physical, private_gradients=True, bucket_cap_mb=CAP_MB)
     else:
         gradients = BucketGradients(
             RingReduction(where, executor, physical, where.num_ests),
-            private_gradients=private,
+            private_gradients=True,
             bucket_cap_mb=CAP_MB,
             find_unused_parameters=scenario == "unused",
             static_graph=scenario == "static",
