@@ -80,6 +80,7 @@ def _executor(rank: int, *, sizes: Sequence[int], executors: Sequence[int], roun
 
     from lightning_easyscale.placement import Placement
     from lightning_easyscale.reduction import RingReduction, TreeReduction
+    from lightning_easyscale.reduction.bucket import BucketForm, LocalGradients
 
     torch.set_num_threads(1)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
@@ -92,7 +93,7 @@ def _executor(rank: int, *, sizes: Sequence[int], executors: Sequence[int], roun
         world_size=max(executors),
     )
     order = TreeReduction if kind == "cuda" else RingReduction  # what `reduction="auto"` takes for many ESTs
-    reductions = {}
+    reductions: dict[int, TreeReduction | RingReduction] = {}
     for k in executors:
         group = dist.new_group(list(range(k)))
         if rank < k:
@@ -104,7 +105,11 @@ def _executor(rank: int, *, sizes: Sequence[int], executors: Sequence[int], roun
             dist.barrier()
             began = time.perf_counter()
             if k in reductions:
-                reductions[k].start(0, [flat]).wait()
+                reduction = reductions[k]
+                if isinstance(reduction, TreeReduction):
+                    reduction.start(0, [flat]).wait()
+                else:
+                    reduction.start(0, LocalGradients(BucketForm([0], [flat]), [[flat]], None))()
                 if kind == "cuda":
                     torch.cuda.synchronize()
             took[size, k].append(time.perf_counter() - began if k in reductions else 0.0)

@@ -115,7 +115,7 @@ class Borrowed:
 
 
 @pytest.mark.emulation
-@pytest.mark.parametrize("executors", [[], pytest.param([2], marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("executors", [[], [2]])
 def test_an_interrupted_profile_goes_on_measures_nothing_twice_and_is_replayed(
     tmp_path, monkeypatch, executors, request
 ):
