@@ -17,13 +17,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 
 from lightning_easyscale.emulation import host_cpu
+
+from .report import described
 
 # Daemons that libraries start once per process and keep.
 _KEPT_THREADS = ("tqdm", "TMonitor", "asyncio_", "pytest_timeout")
 # Processes that a session keeps for many tests.
 _KEPT_PROCESSES = ("warm-pool",)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A JUnit file says when, where and with what it was made."""
+    if (xml := config.stash.get(xml_key, None)) is not None:
+        xml.add_global_property("run", described())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,7 +67,9 @@ def read(files: Iterable[Path]) -> list[Case]:
     """The tests of several JUnit files."""
     found: dict[tuple[str, str], Case] = {}
     for file in files:
-        for case in ET.parse(file).getroot().iter("testcase"):
+        root = ET.parse(file).getroot()
+        run = {p.get("name", ""): p.get("value", "") for p in root.iterfind("testsuite/properties/property")}
+        for case in root.iter("testcase"):
             ends = {child.tag: child.get("type", "") for child in case}
             outcome = (
                 "failed"
@@ -76,7 +78,7 @@ def read(files: Iterable[Path]) -> list[Case]:
                 if "skipped" in ends
                 else "passed"
             )
-            properties = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+            properties = run | {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
             where, name = case.get("classname", ""), case.get("name", "")
             found[where, name] = Case(where, name, outcome, float(case.get("time", 0)), properties)
     return list(found.values())
@@ -166,6 +168,11 @@ def with_summary(readme: str, lines: Mapping[Line, str]) -> str:
     return f"{before}{BEGIN}\n{summary(lines)}\n{END}{after}"
 
 
+def runs_of(cases: Iterable[Case]) -> str:
+    """When and with what the cases were run."""
+    return "; ".join(sorted({case.properties.get("run", "") for case in cases} - {""})) or "An unknown run"
+
+
 def report(cases: Sequence[Case], run: str) -> str:
     """How many tests of each file ended how, and which failed."""
     ends = ("passed", "failed", "xfailed", "skipped")
@@ -208,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option in ("--features", "--readme", "--report", "--faults"):
         parser.add_argument(option, type=Path)
     options = parser.parse_args(arguments)
-    cases, run = read(options.junit), described()
+    cases = read(options.junit)
+    run = runs_of(cases)
     if options.report is not None:
         options.report.write_text(report(cases, run))
     if options.faults is not None:
@@ -217,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         old, runs = parse(options.features.read_text()) if options.features.exists() else ({}, {})
         new = features(cases)
         lines = merged(old, new, known_on_cpu())
-        options.features.write_text(table(lines, {**runs, **{line.device: run for line in new}}))
+        for device in {line.device for line in new}:
+            runs[device] = runs_of(c for c in cases if "feature" in c.properties and c.properties["device"] == device)
+        options.features.write_text(table(lines, runs))
         if options.readme is not None:
             options.readme.write_text(with_summary(options.readme.read_text(), lines))
 

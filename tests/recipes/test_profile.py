@@ -125,7 +125,7 @@ def test_an_interrupted_profile_goes_on_measures_nothing_twice_and_is_replayed(
         monkeypatch.setattr("recipes._profile_runs.WarmProcesses", lambda environment, threads: Borrowed(warm))
     file, measured = tmp_path / "p.json", []
     options = ["devices='v100:1,t4:1'", "num_ests=[2]", "levels=[d1+d2]", "steps=3", "warmup=1"]
-    options += ["workload.batch_size=4", 'pace="v100:0.05,t4:0.06"', f"file={file}"]
+    options += ["workload.batch_size=4", 'pace="v100:0.2,t4:0.24"', f"file={file}"]
     options += ["exchange.bytes=[64,200000]", f"exchange.executors={executors}", "exchange.rounds=3"]
     real = Measurer.measure
 

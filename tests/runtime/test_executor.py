@@ -225,6 +225,7 @@ def test_ctrl_c_while_the_main_thread_waits(make: Any, early: bool) -> None:
                 executor.meet(rank, 0, "t", 0, total)
             else:
                 if early:
+                    time.sleep(0.2)  # a signal just before the main thread sleeps is handled when it wakes
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                     deadline = time.monotonic() + 5
                     while not executor.failed and time.monotonic() < deadline:
