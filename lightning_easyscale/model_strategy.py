@@ -172,8 +172,16 @@ class ModelStrategy(DDPStrategy):
         if self._shown is not None:
             self._shown.part()
         module = self.lightning_module
-        if isinstance(self.model, ESTDataParallel) and module is not None and not module.automatic_optimization:
-            self.model.prepare_for_backward()
+        if isinstance(self.model, ESTDataParallel):
+            if module is not None and not module.automatic_optimization:
+                self.model.prepare_for_backward()
+            self.model.begin_backward()
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """The module's gradients are there."""
+        if isinstance(self.model, ESTDataParallel):
+            self.model.end_backward()
+        super().post_backward(closure_loss)
 
     def _register_ddp_hooks(self) -> None:
         """The communication hook is the runtime's own."""

@@ -210,7 +210,8 @@ def follow_lead(
                 with torch.enable_grad():
                     value = closure()
                 if reduced is not None:
-                    reduced()
+                    with watching_writes(False):
+                        reduced()
                 result = value if closures == 0 else result
                 closures += 1
                 if meet is not None:

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 # On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
 # more in calls than they save (measured at 11.7 million elements).
@@ -28,6 +29,9 @@ class BucketForm:
     Args:
         members: indices of the parameters, in buffer order.
         parameters: all parameters; the members are of one type, on one device.
+
+    Attributes:
+        contiguous: whether the members' elements lie in the order of their indices.
     """
 
     def __init__(self, members: Sequence[int], parameters: Sequence[Tensor]) -> None:
@@ -39,6 +43,8 @@ class BucketForm:
         self._forms = [
             (p.shape, p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()) for p in own
         ]
+        self._like = [torch.empty(shape, device="meta") for shape, _ in self._forms]
+        self.contiguous = all(t.stride() == stride for t, (_, stride) in zip(self._like, self._forms, strict=True))
         self._blocks: dict[tuple[int, int], list[tuple[slice, list[Segment]]]] = {}
 
     @property
@@ -52,6 +58,8 @@ class BucketForm:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The gradients in a flat buffer, shaped and strided like their parameters."""
+        if self.contiguous:
+            return list(_unflatten_dense_tensors(flat, self._like))
         return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
 
     def shaped(self, slot: int, piece: Tensor) -> Tensor:

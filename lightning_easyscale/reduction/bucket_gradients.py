@@ -104,6 +104,21 @@ class BucketGradients(GradientReduce):
         if self._as_view:
             self._scale(rank, index)
         self._missing[self._bucket_of[index]] -= 1
+        self._start_whole()
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """See `GradientReduce.groups`."""
+        settled = self._steps_to_rebuild == 0 and not (self._as_view or self._searches or self._static_graph)
+        return [form.members for form in self._forms] if settled else []
+
+    def deposit_group(self, rank: int, number: int, grads: list[Tensor]) -> list[Tensor]:
+        """See `GradientReduce.deposit_group`."""
+        self._missing[number] -= len(grads)
+        self._start_whole()
+        return grads
+
+    def _start_whole(self) -> None:
         while len(self._started) < len(self._forms) and self._missing[len(self._started)] == 0:
             self._start(len(self._started))
 

@@ -8,6 +8,9 @@ for unused ones the reduction ends when all are there, be it over several backwa
 start before; with it, the reduction ends with the backward, locally unused parameters count as zero (or as what they
 accumulated), globally unused ones keep `.grad` as it is.
 
+At first every parameter has a hook. When all gradients have come in one backward, and none has to be told apart from
+the others, a hook on the last one of each group is left (`arrival`); a backward that brings less puts all back.
+
 What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs to a device and
 `join` are not done here: ESTs share parameters, and Lightning moves batches.
 """
@@ -15,9 +18,10 @@ What stock DDP does at construction (comparing shapes, broadcasting rank 0's sta
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,10 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from .arrival import Arrivals
 from .gradients import GradientReduce
 from .layout import DEFAULT_CAP_MB
+from .module_buffers import ModuleBuffers
 
-SyncBuffers = Callable[[list[Tensor]], None]
+SyncBuffers = Callable[[list[list[Tensor]]], None]
 
 
 class ESTDataParallel(nn.Module):
@@ -46,7 +52,7 @@ class ESTDataParallel(nn.Module):
         static_graph: DDP's argument; the parameters used in the first iteration are used in all.
         bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
-        sync_buffers: gives the listed buffers the values of EST 0, in place.
+        sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place.
 
     Raises:
         ValueError: if `n` differs from the reduction's, or an embedding produces sparse gradients.
@@ -80,24 +86,28 @@ class ESTDataParallel(nn.Module):
         self.require_forward_param_sync = True
         self._sync_buffers_from_est_0 = sync_buffers
         self._ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        self._buffers_now = ModuleBuffers(module, self._ignored)
         self._reduce = reduce
         self._names, self._parameters_in_order = self._collect_parameters()
         reduce.register(rank, self._parameters_in_order)
         total = len(self._parameters_in_order)
         self._expecting = False
         self._armed = False
-        self._ready: set[int] = set()
+        self._ready: dict[int, None] = {}
         self._used = [False] * total
         self._passes: list[int] | None = None
         self._passes_left = [0] * total
         self._passed: dict[int, None] = {}
         # Where DDP listens: after the user's own hooks on a parameter, whenever made, and also to no gradient at all.
         self._accumulators = [_accumulator(p) for p in self._parameters_in_order]
-        handles = [
-            accumulator.register_hook(partial(_on_gradient, weakref.ref(self), i))
-            for i, accumulator in enumerate(self._accumulators)
-        ]
-        self._finalizer = weakref.finalize(self, _remove, handles)
+        self._handles: dict[int, RemovableHandle] = {}
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._listen(range(total))
+        self._arrivals = Arrivals(self._parameters_in_order)
+        self._groups: Sequence[Sequence[int]] = ()
+        self._group_at: dict[int, int] = {}
+        self._taken: set[int] = set()
+        self._may_group = not (self.static_graph or find_unused_parameters)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module; outside `no_sync` and with gradients enabled, the next backward is reduced."""
@@ -127,6 +137,19 @@ class ESTDataParallel(nn.Module):
             yield
         finally:
             self.require_backward_grad_sync = before
+
+    def begin_backward(self) -> None:
+        """The next backward is about to run; whoever tells of it also tells when it is over (`end_backward`)."""
+        if not self._arrivals.begin() and self._expecting:
+            # In such a job they accumulate, and one that is there may not be final.
+            self._ungroup()
+
+    def end_backward(self) -> None:
+        """The backward that `begin_backward` told of is over."""
+        if self._expecting and self._groups and self._arrivals.came():
+            # Hooks have heard of nothing.
+            self._backward_ended()
+        self._arrivals.end()
 
     def prepare_for_backward(self) -> None:
         """Reduce the next backward although no forward of this wrapper precedes it (manual optimization)."""
@@ -176,11 +199,13 @@ class ESTDataParallel(nn.Module):
         return list(found.values()), list(found)
 
     def _sync_buffers(self) -> None:
-        buffers = [buffer for name, buffer in self.module.named_buffers() if name not in self._ignored]
-        if buffers and self._sync_buffers_from_est_0 is not None:
-            # A graph that saved a buffer before this stays valid, as under DDP.
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-                self._sync_buffers_from_est_0(buffers)
+        groups = self._buffers_now()
+        if not groups or self._sync_buffers_from_est_0 is None:
+            return
+        # A graph that saved a buffer before this stays valid, as under DDP. EST 0's are not written to.
+        written = () if self.rank == 0 else tuple(chain.from_iterable(groups))
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(written):
+            self._sync_buffers_from_est_0(groups)
 
     def _refuse_unfinished(self) -> None:
         if not self._ready:
@@ -192,10 +217,27 @@ class ESTDataParallel(nn.Module):
             " loss, or set `find_unused_parameters=True`."
         )
 
+    def _listen(self, indices: Collection[int]) -> None:
+        """Hear of these gradients, and of no other."""
+        for index in self._handles.keys() - set(indices):
+            self._handles.pop(index).remove()
+        for index in indices:
+            if index not in self._handles:
+                hook = partial(_on_gradient, weakref.ref(self), index)
+                self._handles[index] = self._accumulators[index].register_hook(hook)
+
     def _gradient_ready(self, index: int) -> None:
+        if self._groups:
+            if self._expecting:
+                self._arm()
+                if self._arrivals.begun:
+                    self._take_group(self._group_at[index])
+            return
         parameter = self._parameters_in_order[index]
         grad = parameter.grad
-        if grad is not None:
+        if grad is None:
+            self._may_group = False
+        else:
             if grad.layout != torch.strided:
                 raise ValueError(
                     f"`{self._names[index]}` received a sparse gradient ({grad.layout}), which has no"
@@ -227,14 +269,57 @@ class ESTDataParallel(nn.Module):
             if self._passes_left[index] > 0:
                 return
         if index in self._ready:
-            raise RuntimeError(
-                f"Expected to mark a variable ready only once: the gradient of `{self._names[index]}` came twice in"
-                f" one iteration of EST {self.rank}. HINT: use parameters inside `forward` only, run one backward per"
-                " forward, and checkpoint activations with `use_reentrant=False`, or set `static_graph=True`."
-            )
+            raise self._came_twice(index)
         self._deposit(index, used=True)
         if self._searches or len(self._ready) == self._awaited:
             self._arm()
+
+    def _came_twice(self, index: int) -> RuntimeError:
+        return RuntimeError(
+            f"Expected to mark a variable ready only once: the gradient of `{self._names[index]}` came twice in"
+            f" one iteration of EST {self.rank}. HINT: use parameters inside `forward` only, run one backward per"
+            " forward, and checkpoint activations with `use_reentrant=False`, or set `static_graph=True`."
+        )
+
+    def _take_group(self, number: int) -> None:
+        if number in self._taken:
+            raise self._came_twice(next(i for i, group in self._group_at.items() if group == number))
+        members = self._groups[number]
+        grads = self._arrivals.final(members)
+        if grads is not None:
+            self._taken.add(number)
+            self._arrivals.took(members, self._reduce.deposit_group(self.rank, number, grads))
+
+    def _take_rest(self) -> None:
+        """At the end of a backward: what hooks came too early for."""
+        groups = self._groups
+        for number in range(len(groups)):
+            if number not in self._taken:
+                self._take_group(number)
+        if (index := self._arrivals.disturbed()) is not None:
+            raise self._came_twice(index)
+        taken, self._taken = self._taken, set()
+        if len(taken) < len(groups):
+            # The others may come with another backward.
+            self._ungroup()
+            self._ready = {index: None for number in taken for index in groups[number]}
+            for index in self._arrivals.came():
+                if index not in self._ready:
+                    self._deposit(index, used=True)
+
+    def _ungroup(self) -> None:
+        """Listen to each gradient again, for good."""
+        self._groups, self._may_group = (), False
+        self._listen(range(len(self._names)))
+
+    def _group(self, order: Sequence[int]) -> None:
+        """From now on, listen to the last gradient of each group, given the order in which they came."""
+        groups = self._reduce.groups
+        if groups:
+            place = {index: i for i, index in enumerate(order)}
+            self._group_at = {max(members, key=place.__getitem__): number for number, members in enumerate(groups)}
+            self._groups = groups
+            self._listen(self._group_at)
 
     @property
     def _searches(self) -> bool:
@@ -245,7 +330,7 @@ class ESTDataParallel(nn.Module):
         return len(self._names) if self._passes is None else sum(count > 0 for count in self._passes)
 
     def _deposit(self, index: int, *, used: bool) -> None:
-        self._ready.add(index)
+        self._ready[index] = None
         self._reduce.deposit(self.rank, index, used=used)
 
     def _arm(self) -> None:
@@ -257,10 +342,15 @@ class ESTDataParallel(nn.Module):
         self._armed = False
         if not self._expecting:
             return
+        if self._groups:
+            self._take_rest()
+            if self._ready:
+                return
         reports = self._searches or self._first_static_iteration
-        for index in (*self._passed, *(i for i in range(len(self._names)) if i not in self._passed)):
-            if index not in self._ready:
-                self._deposit(index, used=self._used[index] and reports)
+        if self._searches or self.static_graph:
+            for index in (*self._passed, *(i for i in range(len(self._names)) if i not in self._passed)):
+                if index not in self._ready:
+                    self._deposit(index, used=self._used[index] and reports)
         self._passed = {}
         if self._first_static_iteration:
             self._passes = [-left for left in self._passes_left]
@@ -268,8 +358,11 @@ class ESTDataParallel(nn.Module):
             self._passes_left = list(self._passes)
         used, self._used = self._used, [False] * len(self._names)
         self._expecting = False
-        self._ready.clear()
+        order, self._ready = list(self._ready), {}
+        groups = self._may_group and not self._groups and self._arrivals.begun
         self._reduce.finish(self.rank, used if reports else None)
+        if groups:
+            self._group(order)
 
     def _through_sink(self, output: Any) -> Any:
         """Let the end of the outer backward be noticed even where checkpointing runs a backward inside it."""
@@ -311,6 +404,6 @@ def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, *_: Any) -> 
         owner._gradient_ready(index)
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
+def _remove(handles: dict[int, RemovableHandle]) -> None:
+    for handle in handles.values():
         handle.remove()

@@ -1,9 +1,9 @@
 """Collecting the gradients of one executor's ESTs: what both orders have in common.
 
-Life of a step: the wrapper of each EST (`collector`) tells of every parameter whose gradient is final (`deposit`) and
-of the end of its backward (`finish`), where the EST waits. `TreeGradients` folds and frees gradients at once;
-`BucketGradients` leaves them where they are until the last EST has come to them. The last EST to finish completes the
-step for all.
+Life of a step: the wrapper of each EST (`collector`) tells of every parameter whose gradient is final (`deposit`, or
+`deposit_group` for a group of them) and of the end of its backward (`finish`), where the EST waits. `TreeGradients`
+folds and frees gradients at once; `BucketGradients` leaves them where they are until the last EST has come to them. The
+last EST to finish completes the step for all.
 """
 
 from __future__ import annotations
@@ -90,6 +90,19 @@ class GradientReduce(ABC):
         """The gradient of parameter `index` of EST `rank` is final, once per step; without one it counts as zero.
 
         An unused parameter keeps its own gradient until it is known whether any EST used it.
+        """
+
+    @property
+    @abstractmethod
+    def groups(self) -> Sequence[Sequence[int]]:
+        """The parameters that may be told of together; none as long as each has to be told of by itself."""
+
+    @abstractmethod
+    def deposit_group(self, rank: int, number: int, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients of all parameters of a group of EST `rank` are final, instead of `deposit` for each.
+
+        Returns:
+            `grads` if the parameters keep them until the end of the step, else none.
         """
 
     def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.nn import Parameter
 
 from ..placement import Placement
@@ -25,6 +26,8 @@ from .gradients import GradientReduce, Rendezvous
 from .lane import Pending
 from .layout import rebuilt_layout
 from .tree import Offload, TreeFold
+
+_SHORT = 4096  # elements
 
 
 class TreeGradients(GradientReduce):
@@ -79,14 +82,35 @@ class TreeGradients(GradientReduce):
         Raises:
             ValueError: if the gradient is sparse.
         """
-        if self._in_turn is not None and rank not in self._begun:
-            self._begun.add(rank)
-            self._in_turn(rank)
+        self._begin(rank)
         parameter = self._parameters[rank][index]
         bucket, slot = self._place[index]
         bucket.take(rank, slot, parameter.grad, 1.0 / self.n)
         if used:
             parameter.grad = None
+        self._start_whole()
+
+    @property
+    def groups(self) -> Sequence[Sequence[int]]:
+        """See `GradientReduce.groups`."""
+        return [bucket.members for bucket in self._buckets]
+
+    def deposit_group(self, rank: int, number: int, grads: list[Tensor]) -> list[Tensor]:
+        """See `GradientReduce.deposit_group`."""
+        self._begin(rank)
+        bucket = self._buckets[number]
+        for index in bucket.members:
+            self._parameters[rank][index].grad = None
+        bucket.fold_in(rank, grads, 1.0 / self.n)
+        self._start_whole()
+        return []
+
+    def _begin(self, rank: int) -> None:
+        if self._in_turn is not None and rank not in self._begun:
+            self._begun.add(rank)
+            self._in_turn(rank)
+
+    def _start_whole(self) -> None:
         while len(self._pending) < len(self._buckets) and self._buckets[len(self._pending)].fold.complete:
             blocks = self._buckets[len(self._pending)].fold.partials()
             self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
@@ -113,6 +137,8 @@ class _Bucket(BucketForm):
     ) -> None:
         super().__init__(members, parameters)
         self.fold = TreeFold(ests, n, offload=offload)
+        # On a CPU, scaling after copying would go over long members twice.
+        self._has_short_members = self.device.type != "cpu" or self.numel < _SHORT * len(members)
         self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
 
@@ -128,14 +154,22 @@ class _Bucket(BucketForm):
         if len(taken) < len(self.members):
             return
         del self._taken[rank]
+        self.fold_in(rank, [taken[slot] for slot in range(len(self.members))], factor)
+
+    def fold_in(self, rank: int, grads: Sequence[Tensor | None], factor: float) -> None:
+        """Fold the scaled gradients of EST `rank`, those of its members in their order."""
         # ESTs take turns in rank order, but a collective inside backward may let a later one be ready first.
-        self._early[rank] = self._scaled([taken[slot] for slot in range(len(self.members))], factor)
+        self._early[rank] = self._scaled(grads, factor)
         while (due := self.fold.due) in self._early:
             self.fold.push(due, self._early.pop(due))
 
     @torch.no_grad()
-    def _scaled(self, grads: list[Tensor | None], factor: float) -> Tensor:
+    def _scaled(self, grads: Sequence[Tensor | None], factor: float) -> Tensor:
         """The bucket's gradients, multiplied by a factor, in one flat tensor: few kernels, however many they are."""
+        if self.contiguous and self._has_short_members and all(grad is not None for grad in grads):
+            flat = _flatten_dense_tensors(grads)
+            # Of one gradient it is a view.
+            return flat.mul_(factor) if len(grads) > 1 else flat * factor
         pieces = [
             torch.zeros(size, dtype=self.dtype, device=self.device) if grad is None else self.flattened(slot, grad)
             for slot, (grad, size) in enumerate(zip(grads, self.sizes(), strict=True))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group  # type: ignore[attr-defined]
-from torch._utils import _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import collectives as computed
 from .channel import Channel
@@ -160,20 +160,17 @@ class VirtualProcessGroup(_ProcessGroup):
             copy_into(targets, results)
         return done(targets)
 
-    def broadcast_coalesced(self, tensors: Sequence[Tensor]) -> None:
-        """Copy the first EST's tensors to all others, in place, those of one type as one flat tensor.
+    def broadcast_coalesced(self, groups: Sequence[list[Tensor]]) -> None:
+        """Copy the first EST's tensors to all others, in place, each group of one type as one flat tensor.
 
         The world's group only. No EST waits for another of its executor.
         """
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel():
-                kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        groups, channel = list(kinds.values()), self._channel
-        tag = f"broadcast_coalesced({', '.join(f'{len(group)} of {kind[0]}' for kind, group in kinds.items())})"
+        channel = self._channel
+        tag = f"broadcast_coalesced({', '.join(f'{len(group)} of {group[0].dtype}' for group in groups)})"
 
         def value() -> list[Any]:
-            flats = [torch.cat([tensor.reshape(-1) for tensor in group]) for group in groups]
+            # Of one tensor, a flat one would be a view.
+            flats = [_flatten_dense_tensors(g) if len(g) > 1 else g[0].flatten().clone() for g in groups]
             channel.share(tag, flats, 0)
             return [_unflatten_dense_tensors(flat, group) for flat, group in zip(flats, groups, strict=True)]
 

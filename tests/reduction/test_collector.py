@@ -8,7 +8,7 @@ from .pool import Pool
 from .tasks import compositions
 from .training import STEPS, collected, stock
 
-SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static", "hooked")
+SCENARIOS = ("plain", "accumulate", "kept", "zeroed", "two_backwards", "unused", "static", "hooked", "reordered")
 _expected: dict[tuple[int, str, str, bool], dict[int, list[str]]] = {}
 
 
@@ -25,20 +25,24 @@ def ours(pool: Pool, scenario: str, placement: tuple[int, ...], **options: objec
     return {rank: seen for answer in answers for rank, seen in answer.items()}
 
 
+@pytest.mark.parametrize("announced", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_collected_gradients_equal_stock_ddp_with_the_ordered_hook(
-    pool: Pool, scenario: str, placement: tuple[int, ...]
+    pool: Pool, scenario: str, placement: tuple[int, ...], announced: bool
 ) -> None:
     reference = expected(pool, sum(placement), scenario)
-    assert ours(pool, scenario, placement) == reference
+    assert ours(pool, scenario, placement, announced=announced) == reference
     assert all(len(set(seen)) == STEPS for seen in reference.values())
 
 
+@pytest.mark.parametrize("announced", [False, True], ids=["untold", "told"])
 @pytest.mark.parametrize("placement", [(3,), (1, 1, 1), (1, 3)], ids=str)
 @pytest.mark.parametrize("scenario", [*SCENARIOS, "aliased"])
-def test_collected_buckets_equal_stock_ddp(pool: Pool, scenario: str, placement: tuple[int, ...]) -> None:
-    got = ours(pool, scenario, placement, order="ddp")
+def test_collected_buckets_equal_stock_ddp(
+    pool: Pool, scenario: str, placement: tuple[int, ...], announced: bool
+) -> None:
+    got = ours(pool, scenario, placement, order="ddp", announced=announced)
     assert got == expected(pool, sum(placement), scenario, "ddp")
 
 
@@ -59,7 +63,9 @@ def test_gradient_as_bucket_view_changes_no_bits_under_the_hook(pool: Pool, scen
 def test_collected_gradients_equal_stock_ddp_for_every_placement(
     pool: Pool, scenario: str, placement: tuple[int, ...]
 ) -> None:
-    assert ours(pool, scenario, placement) == expected(pool, sum(placement), scenario)
+    for announced in (False, True):
+        got = ours(pool, scenario, placement, announced=announced)
+        assert got == expected(pool, sum(placement), scenario)
     for view in (False, True):
-        got = ours(pool, scenario, placement, order="ddp", view=view)
+        got = ours(pool, scenario, placement, order="ddp", view=view, announced=not view)
         assert got == expected(pool, sum(placement), scenario, "ddp", view)

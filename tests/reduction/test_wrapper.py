@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction.arrival import Arrivals
 from lightning_easyscale.reduction.collector import ESTDataParallel
 from lightning_easyscale.reduction.orders import tree_fold
 from lightning_easyscale.reduction.tree_gradients import TreeGradients
@@ -114,9 +115,9 @@ def test_other_refusals() -> None:
 def test_buffers_are_synchronised_when_ddp_would() -> None:
     module, calls = Two(), []
 
-    def sync(buffers: list[Tensor]) -> None:
+    def sync(buffers: list[list[Tensor]]) -> None:
         calls.append(len(buffers))
-        buffers[0].fill_(7.0)
+        buffers[0][0].fill_(7.0)
 
     model = wrap(module, executor(1), sync_buffers=sync)
     x = torch.ones(2, 3)
@@ -239,3 +240,93 @@ def test_a_dropped_wrapper_leaves_no_hooks() -> None:
     del model
     assert gone() is None
     assert not module.weight._post_accumulate_grad_hooks
+
+
+def told(model: ESTDataParallel, *losses: Tensor) -> None:
+    """Run backwards as the strategy does."""
+    for loss in losses:
+        model.begin_backward()
+        loss.backward()
+        model.end_backward()
+
+
+def test_gradients_that_accumulate_are_listened_to_one_by_one() -> None:
+    model, x = wrap(Two(), executor(1)), torch.ones(2, 3)
+    told(model, model(x))
+    assert hooks(model) == 1
+    told(model, model(x))
+    assert hooks(model) == 4
+
+
+def hooks(model: ESTDataParallel) -> int:
+    return len(model._handles)
+
+
+def test_one_hook_for_a_group_is_left_until_a_backward_brings_less() -> None:
+    module = Two()
+    model, x = wrap(module, executor(1)), torch.ones(2, 3)
+    told(model, model(x))
+    assert hooks(model) == 1
+    # Its parameters are not the one that is listened to: nothing is heard of this backward.
+    quiet = next(name for name in "ab" if id(module.get_parameter(f"{name}.bias")) not in listened(model))
+    module.zero_grad()
+    told(model, model(x, quiet))
+    assert hooks(model) == 4
+    with pytest.raises(RuntimeError, match="no gradient reached"):
+        model(x)
+
+
+def listened(model: ESTDataParallel) -> set[int]:
+    names = {model._names[i].split(".")[0] for i in model._handles}
+    return {id(p) for name in names for p in model.module.get_submodule(name).parameters()}
+
+
+def test_a_step_may_take_several_backwards_as_in_ddp_also_after_one_that_took_one() -> None:
+    module = Two()
+    model, x = wrap(module, executor(1)), torch.ones(2, 3)
+    told(model, model(x))
+    module.zero_grad()
+    told(model, model(x, "a"), module(x, "b"))
+    assert torch.equal(module.a.bias.grad, torch.tensor([2.0]))
+    assert torch.equal(module.b.bias.grad, torch.tensor([2.0]))
+    assert model(x) is not None
+
+
+def test_a_gradient_that_comes_again_after_its_group_was_taken_is_refused() -> None:
+    module, x = Two(), torch.ones(2, 3)
+    model = wrap(module, executor(1, bucket_cap_mb=1e-6))
+    told(model, model(x))
+    assert hooks(model) == 4
+    module.zero_grad()
+
+    def again(_: Tensor) -> None:
+        # As a reentrant checkpoint does; `a` gets its gradients after `b`.
+        with torch.enable_grad():
+            module.b(x).sum().backward()
+
+    module.a.weight.register_hook(again)
+    with pytest.raises(RuntimeError, match=r"`b\.(bias|weight)` came twice"):
+        told(model, model(x))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_gradient_that_changes_after_it_was_taken_is_found(left: bool) -> None:
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    arrivals = Arrivals(parameters)
+    assert arrivals.begin()
+    for p in parameters[:2]:
+        p.grad = torch.ones(2)
+    assert arrivals.final((0, 1, 2)) is None
+    parameters[2].grad = torch.ones(2)
+    grads = arrivals.final((0, 1, 2))
+    assert grads is not None
+    if not left:
+        for p in parameters:
+            p.grad = None
+    arrivals.took((0, 1, 2), grads if left else [])
+    assert arrivals.disturbed() is None
+    if left:
+        grads[1] += 1
+    else:
+        parameters[1].grad = torch.ones(2)
+    assert arrivals.disturbed() == 1

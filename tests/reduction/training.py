@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,9 @@ class Model(nn.Module):
             self.bypassed = nn.Parameter(torch.ones(300))
         if scenario == "aliased":
             self.one, self.other = nn.Parameter(torch.rand(1200)), nn.Parameter(torch.rand(30, 40))
+        if scenario == "reordered":
+            # Together they fill a bucket.
+            self.pair = nn.ParameterList(torch.rand(1400) for _ in range(2))
         if scenario not in ("unused", "static"):
             self.never.requires_grad_(False)
         if scenario not in ("unused",):
@@ -71,6 +75,10 @@ class Model(nn.Module):
         if self.scenario == "aliased":
             # Autograd lets the two gradients be views of one memory.
             h = h * (self.one.view(-1) + self.other.view(-1)).square().mean()
+        if self.scenario == "reordered":
+            # Autograd goes backwards through what came last.
+            parts = [(h.mean() * self.pair[i]).square().mean() for i in ((1, 0) if step % 2 else (0, 1))]
+            h = h + parts[0] + parts[1]
         if self.scenario == "static":
             h = checkpoint(lambda t: torch.tanh(self.tied(t)), h, use_reentrant=True)
         # One rank only; never at the last step but one; and in accumulation at step 2.
@@ -93,7 +101,7 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
+def train(scenario: str, workers: dict[int, nn.Module], announced: bool = False) -> dict[int, list[str]]:
     """Run the ESTs (or the one rank) of this process one after the other; digests of gradients and parameters."""
     seen: dict[int, list[str]] = {rank: [] for rank in workers}
     if scenario == "hooked":
@@ -103,7 +111,7 @@ def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
                 p.register_hook(lambda grad, rank=rank: grad * (1 + rank))
                 p.register_post_accumulate_grad_hook(_shrink)
     for step in range(STEPS):
-        accumulating = scenario in ("accumulate", "unused") and step == 2
+        accumulating = scenario in ("accumulate", "unused", "reordered") and step == 2
         for rank, model in workers.items():
             if scenario == "zeroed":
                 model.zero_grad(set_to_none=False)
@@ -111,9 +119,11 @@ def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
                 model.zero_grad()
             with model.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
                 main, aside = model(batch(step, rank), step, rank)
-                main.backward(retain_graph=scenario == "two_backwards")
+                with _told(model) if announced else contextlib.nullcontext():
+                    main.backward(retain_graph=scenario == "two_backwards")
                 if scenario == "two_backwards":
-                    aside.backward()
+                    with _told(model) if announced else contextlib.nullcontext():
+                        aside.backward()
         for rank, model in workers.items():
             seen[rank].append(digest(model))
             if not accumulating:
@@ -122,6 +132,14 @@ def train(scenario: str, workers: dict[int, nn.Module]) -> dict[int, list[str]]:
                         if p.grad is not None:
                             p.sub_(p.grad, alpha=1e-3)
     return seen
+
+
+@contextlib.contextmanager
+def _told(model: nn.Module) -> Iterator[None]:
+    assert isinstance(model, ESTDataParallel)
+    model.begin_backward()
+    yield
+    model.end_backward()
 
 
 def _shrink(parameter: Tensor) -> None:
@@ -162,6 +180,7 @@ def collected(
     placement: tuple[int, ...],
     order: str = "tree",
     view: bool = False,
+    announced: bool = False,
 ) -> dict[int, list[str]]:
     """The ESTs of one executor, run one after the other."""
     where, physical = Placement(placement), group if group.size() > 1 else None
@@ -190,6 +209,6 @@ def collected(
         for rank in where.ranges[executor]
     }
     with torch.autograd.set_multithreading_enabled(False):
-        seen = train(scenario, workers)
+        seen = train(scenario, workers, announced)
     gradients.close()
     return seen
