@@ -61,6 +61,23 @@ class Submitted:
             self._future.set_result(result)
 
 
+class Settled:
+    """A result that is there already, ordered on the current stream."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+
+    def wait(self) -> Tensor:
+        """See `Pending.wait`."""
+        return self._flat
+
+    def future(self) -> Future[Tensor]:
+        """See `Pending.future`."""
+        future: Future[Tensor] = Future(devices=[self._flat.device] if self._flat.is_cuda else None)
+        future.set_result(self._flat)
+        return future
+
+
 class Running:
     """A collective that the backend itself already runs, in place on `flat`."""
 
@@ -100,10 +117,10 @@ class Lane:
                 nobody needs to hold them.
         """
         device = inputs[-1].device
-        pending = Submitted(device)
         if self._group is None:
-            pending.run(job)
-        elif device.type != "cuda":
+            return Settled(job())
+        pending = Submitted(device)
+        if device.type != "cuda":
             self._enqueue(lambda: pending.run(job))
         else:
             ready = torch.cuda.Event()
