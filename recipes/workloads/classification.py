@@ -43,7 +43,7 @@ def build(workload: Mapping[str, Any], directory: Path) -> tuple[Classifier, Loa
         image_size=workload["image_size"],
         **workload["net"],
     )
-    return Classifier(net, classes=classes, lr=workload["lr"]), data
+    return Classifier(net, classes=classes, lr=workload["lr"], adamw=workload["model"] == "swin"), data
 
 
 def _data(workload: Mapping[str, Any], directory: Path) -> tuple[Loaders, int]:
@@ -70,19 +70,21 @@ def _data(workload: Mapping[str, Any], directory: Path) -> tuple[Loaders, int]:
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy, SGD with momentum, learning rate times 0.9 every epoch.
+    """Cross-entropy; learning rate times 0.9 every epoch.
 
     Args:
         net: gives logits, batch x classes.
         classes: how many.
         lr: learning rate.
+        adamw: train by AdamW, as transformers are (Liu et al. 2021, arXiv 2103.14030, section 4.1), instead of SGD with
+            momentum.
     """
 
     metric = "val_accuracy"
 
-    def __init__(self, net: nn.Module, *, classes: int, lr: float) -> None:
+    def __init__(self, net: nn.Module, *, classes: int, lr: float, adamw: bool = False) -> None:
         super().__init__()
-        self.net, self.lr, self.chance = net, lr, 1 / classes
+        self.net, self.lr, self.chance, self.adamw = net, lr, 1 / classes, adamw
         self.accuracy = MulticlassAccuracy(classes, average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -101,8 +103,12 @@ class Classifier(pl.LightningModule):
         self.log("val_accuracy", self.accuracy)
 
     def configure_optimizers(self) -> Any:
-        """SGD and its schedule."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4)
+        """The optimizer and its schedule."""
+        optimizer: torch.optim.Optimizer
+        if self.adamw:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.05)
+        else:
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)}
 
 
