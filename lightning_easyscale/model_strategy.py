@@ -6,7 +6,7 @@ reduced by the session in the job's order, and only the lead EST's optimizers st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from .optimization import (
     reads_before_step,
     reads_gradients,
 )
+from .progress import hide_job, show_job
 from .reduction.collector import ESTDataParallel
 from .runtime.writes import has_compiled
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from .checkpointing import Checkpointing
+    from .devices import DeviceType
     from .session import Session
 
 
@@ -71,6 +73,11 @@ class ModelStrategy(DDPStrategy):
         raise NotImplementedError
 
     @property
+    def device_types(self) -> Sequence[DeviceType]:
+        """The type of every executor's device."""
+        raise NotImplementedError
+
+    @property
     def is_lead(self) -> bool:
         """Whether this strategy's EST leads its executor."""
         return self.session is None or self.global_rank == self.session.lead
@@ -84,6 +91,8 @@ class ModelStrategy(DDPStrategy):
         self._watches_steps = not module.automatic_optimization and not has_compiled(module)
         with self._watching_writes(False):
             super().setup(trainer)
+        if self.global_rank == 0 and self.session is not None:
+            show_job(trainer, self.session.placement, [t.name for t in self.device_types])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step; only under manual optimization, uncompiled, may it write to parameters."""
@@ -245,6 +254,8 @@ class ModelStrategy(DDPStrategy):
         ending = session is None or not session.running or session.executor.failed or session.leaving
         if session is not None and not ending and len(session.ests) > 1:
             session.meet_locally(self.global_rank, "teardown")
+        if self.global_rank == 0 and self.lightning_module is not None:
+            hide_job(self.lightning_module.trainer)
         with self._watching_writes(False):
             if not self.is_lead and self.lightning_module is not None:
                 self._alias_parameters(self.lightning_module)
