@@ -105,4 +105,4 @@ def _panel(axes: Any, cells: list[dict[str, Any]], key: str, published: dict[str
                     size=6,
                     color=COLOURS[kind],
                 )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])

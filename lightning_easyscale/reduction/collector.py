@@ -18,9 +18,8 @@ What stock DDP does at construction (comparing shapes, broadcasting rank 0's sta
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -30,10 +29,10 @@ from torch.autograd import Variable
 from torch.autograd.function import Function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.hooks import RemovableHandle
 
 from .arrival import Arrivals
 from .gradients import GradientReduce
+from .hooks import GradientHooks
 from .layout import DEFAULT_CAP_MB
 from .module_buffers import ModuleBuffers
 
@@ -98,11 +97,8 @@ class ESTDataParallel(nn.Module):
         self._passes: list[int] | None = None
         self._passes_left = [0] * total
         self._passed: dict[int, None] = {}
-        # Where DDP listens: after the user's own hooks on a parameter, whenever made, and also to no gradient at all.
-        self._accumulators = [_accumulator(p) for p in self._parameters_in_order]
-        self._handles: dict[int, RemovableHandle] = {}
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
-        self._listen(range(total))
+        self._hooks = GradientHooks(self._parameters_in_order, self._gradient_ready)
+        self._hooks.listen(range(total))
         self._arrivals = Arrivals(self._parameters_in_order)
         self._groups: Sequence[Sequence[int]] = ()
         self._group_at: dict[int, int] = {}
@@ -171,8 +167,7 @@ class ESTDataParallel(nn.Module):
 
     def remove_hooks(self) -> None:
         """Stop collecting; also done when the wrapper is dropped."""
-        self._finalizer()
-        self._accumulators.clear()
+        self._hooks.close()
 
     @property
     def _first_static_iteration(self) -> bool:
@@ -216,15 +211,6 @@ class ESTDataParallel(nn.Module):
             f" no gradient reached {missing}. HINT: let every parameter and every output of `forward` take part in the"
             " loss, or set `find_unused_parameters=True`."
         )
-
-    def _listen(self, indices: Collection[int]) -> None:
-        """Hear of these gradients, and of no other."""
-        for index in self._handles.keys() - set(indices):
-            self._handles.pop(index).remove()
-        for index in indices:
-            if index not in self._handles:
-                hook = partial(_on_gradient, weakref.ref(self), index)
-                self._handles[index] = self._accumulators[index].register_hook(hook)
 
     def _gradient_ready(self, index: int) -> None:
         if self._groups:
@@ -310,7 +296,7 @@ class ESTDataParallel(nn.Module):
     def _ungroup(self) -> None:
         """Listen to each gradient again, for good."""
         self._groups, self._may_group = (), False
-        self._listen(range(len(self._names)))
+        self._hooks.listen(range(len(self._names)))
 
     def _group(self, order: Sequence[int]) -> None:
         """From now on, listen to the last gradient of each group, given the order in which they came."""
@@ -319,7 +305,7 @@ class ESTDataParallel(nn.Module):
             place = {index: i for i, index in enumerate(order)}
             self._group_at = {max(members, key=place.__getitem__): number for number, members in enumerate(groups)}
             self._groups = groups
-            self._listen(self._group_at)
+            self._hooks.listen(self._group_at)
 
     @property
     def _searches(self) -> bool:
@@ -388,22 +374,3 @@ class _Sink(Function):
         if wrapper is not None and wrapper._expecting:
             wrapper._arm()
         return (None, *grads)
-
-
-def _accumulator(parameter: nn.Parameter) -> Any:
-    """The node that adds to a parameter's gradient, one and the same as long as somebody holds it."""
-    with torch.enable_grad():
-        made = parameter.view_as(parameter).grad_fn
-    assert made is not None
-    return made.next_functions[0][0]
-
-
-def _on_gradient(wrapper: weakref.ref[ESTDataParallel], index: int, *_: Any) -> None:
-    owner = wrapper()
-    if owner is not None:
-        owner._gradient_ready(index)
-
-
-def _remove(handles: dict[int, RemovableHandle]) -> None:
-    for handle in handles.values():
-        handle.remove()

@@ -259,7 +259,7 @@ def test_gradients_that_accumulate_are_listened_to_one_by_one() -> None:
 
 
 def hooks(model: ESTDataParallel) -> int:
-    return len(model._handles)
+    return len(model._hooks.listening)
 
 
 def test_one_hook_for_a_group_is_left_until_a_backward_brings_less() -> None:
@@ -277,7 +277,7 @@ def test_one_hook_for_a_group_is_left_until_a_backward_brings_less() -> None:
 
 
 def listened(model: ESTDataParallel) -> set[int]:
-    names = {model._names[i].split(".")[0] for i in model._handles}
+    names = {model._names[i].split(".")[0] for i in model._hooks.listening}
     return {id(p) for name in names for p in model.module.get_submodule(name).parameters()}
 
 
