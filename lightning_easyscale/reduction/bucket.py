@@ -159,7 +159,7 @@ class LocalGradients:
         self._store(self.form.segments(self.whole), reduced)
 
     def _store(self, segments: list[Segment], reduced: Tensor) -> None:
-        places = [self.results[slot][start:stop] for slot, start, stop in segments]
+        places = [_part(self.results[slot], start, stop) for slot, start, stop in segments]
         torch._foreach_copy_(places, list(reduced.split([stop - start for _, start, stop in segments])))
 
     def _fold(
@@ -184,7 +184,7 @@ class LocalGradients:
 
     def _read(self, est: int, segments: list[Segment], out: Tensor) -> None:
         """An EST's gradients in these segments, scaled."""
-        parts = [self.pieces[est][slot][start:stop] for slot, start, stop in segments]
+        parts = [_part(self.pieces[est][slot], start, stop) for slot, start, stop in segments]
         if len(parts) > 1:
             parts = [p if p.device == out.device else p.to(out.device, non_blocking=True) for p in parts]
             torch.cat(parts, out=out)
@@ -196,6 +196,11 @@ class LocalGradients:
                 out.mul_(self._scale)
         else:
             torch.mul(parts[0], self._scale, out=out)
+
+
+def _part(flat: Tensor, start: int, stop: int) -> Tensor:
+    """A slice, made only where it is not the whole: most are, and each would cost a Python call of torch's."""
+    return flat if stop - start == flat.numel() else flat[start:stop]
 
 
 def _is_dense(tensor: Tensor) -> bool:
