@@ -5,7 +5,8 @@ block):
 
 - ``est_vs_accumulation``: k ESTs in one process / stock single process with ``accumulate_grad_batches=k``;
 - ``est_vs_ddp``: one EST on each of P executors / stock DDP on P;
-- ``switch``: a hand-over of the baton by itself, and an EST's step of a module that does nothing;
+- ``switch``: a hand-over of the baton by itself, beside one of bare threads, and an EST's step of a module that does
+  nothing;
 - ``memory``: what one more EST needs beyond the parameters that all share;
 - ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs), and how often each hands on the baton;
 - ``snapshots``: steps during which a snapshot is copied and committed / the same without.
@@ -39,7 +40,7 @@ from lightning_easyscale import determinism
 from . import _bench_figure
 from ._bench_config import ModelConf, OverheadConf, check, register
 from ._bench_runs import bench_processes, interleave
-from ._bench_switch import time_switches
+from ._bench_switch import time_switches, time_threads
 from ._bench_worker import COLLECTIVES, Side
 from ._config import ConfigError
 from ._console import make_console
@@ -102,9 +103,15 @@ class Bench:
         """(c): hand-overs alone, and steps of a module that does nothing."""
         k, bench = self.conf.ests, self.conf.bench
         device = torch.device("cuda" if self.accelerator == "gpu" else "cpu")
-        alone = time_switches(ests=k, device=device, blocks=bench.blocks, rounds=10 * bench.calls)
-        self.raw["switch"] = alone
-        rows = [_row("switch", f"hand-over among {k} ESTs", "us", [1e6 * s for s in alone], aim=AIMS["switch_us"])]
+        alone, bare = [], []
+        for _ in range(bench.blocks):
+            alone += time_switches(ests=k, device=device, blocks=1, rounds=10 * bench.calls)
+            bare += time_threads(threads=k, blocks=1, rounds=10 * bench.calls)
+        self.raw["switch"], self.raw["switch bare"] = alone, bare
+        rows = [
+            _row("switch", f"hand-over among {k} ESTs", "us", [1e6 * s for s in alone], aim=AIMS["switch_us"]),
+            _row("switch", f"hand-over among {k} bare threads", "us", [1e6 * s for s in bare]),
+        ]
         results = self._compare(
             "switch empty",
             "empty",

@@ -17,7 +17,7 @@ from recipes import _bench_figure, overhead
 from recipes._bench_config import check
 from recipes._bench_models import resnet18
 from recipes._bench_runs import SideFailedError, bench_processes, interleave
-from recipes._bench_switch import time_switches
+from recipes._bench_switch import time_switches, time_threads
 from recipes._bench_worker import Gate, Side
 from recipes._config import ConfigError
 
@@ -67,7 +67,9 @@ def test_a_ratio_is_that_of_neighbouring_blocks():
 def test_hand_overs_are_counted_and_timed():
     seconds = time_switches(ests=3, device=torch.device("cpu"), blocks=2, rounds=5)
     assert len(seconds) == 2
-    assert all(0 < s < 1 for s in seconds)
+    bare = time_threads(threads=3, blocks=2, rounds=5)
+    assert len(bare) == 2
+    assert all(0 < s < 1 for s in seconds + bare)
 
 
 def test_a_gate_opens_at_its_block(tmp_path):
