@@ -36,6 +36,7 @@ class RunSpec:
         seed: for ``seed_everything``.
         first_step: optimizer steps done before.
         end_step: optimizer steps done afterwards, where a checkpoint is taken.
+        job_steps: optimizer steps of all stages, on which learning rate schedules may depend; None: ``end_step``.
         digest_at: optimizer steps after which the state is digested.
         record: directory of the run record.
         save: the checkpoint to write.
@@ -84,6 +85,7 @@ class RunSpec:
     step_seconds: dict[str, float] | None = None
     snapshot_every: int | None = None
     phases: str | None = None
+    job_steps: int | None = None
     start_method: Literal["popen", "fork"] = "popen"
 
     def dumps(self) -> str:
@@ -128,7 +130,7 @@ def run(spec: RunSpec) -> None:
         **arguments,
         callbacks=callbacks,
         max_epochs=-1,
-        max_steps=spec.end_step,
+        max_steps=spec.job_steps or spec.end_step,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

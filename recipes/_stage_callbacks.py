@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 
 class SaveAtEnd(Checkpoint):
-    """Takes the on-demand checkpoint where the stage ends; as a `Checkpoint`, it comes after every other callback.
+    """Ends the stage and takes the on-demand checkpoint there; as a `Checkpoint`, it comes after every other callback.
 
     Args:
         save: the checkpoint to write.
-        end_step: optimizer steps after which it is written.
+        end_step: optimizer steps after which it is written, at most the Trainer's ``max_steps``.
         control: file whose appearance ends the stage earlier; rank 0 looks for it after every step.
     """
 
@@ -31,9 +31,8 @@ class SaveAtEnd(Checkpoint):
         ends = trainer.global_step == self.end_step
         if not ends and self.control is not None:
             ends = trainer.strategy.broadcast(trainer.is_global_zero and Path(self.control).exists())
-            if ends:
-                trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
         if ends:
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
             trainer.save_checkpoint(self.save)
 
 

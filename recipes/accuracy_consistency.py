@@ -54,6 +54,7 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
         "emulate": conf.emulate,
         "threads": threads,
         "seed": conf.seed,
+        "job_steps": ends[-1],
         "data": str(data),
         "workload": vars(conf.workload),
         "trainer": {key: value for key, value in vars(conf.trainer).items() if key != "max_steps"},

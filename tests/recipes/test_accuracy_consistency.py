@@ -9,8 +9,10 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 pytest.importorskip("hydra")
 from hydra import compose, initialize
@@ -27,6 +29,7 @@ from recipes import _figure, _report
 from recipes._config import ConfigError, check
 from recipes._runs import RunFailedError, _StepCounter, child_environment, execute, is_complete, marker
 from recipes._stage import RunSpec
+from recipes._stage_callbacks import SaveAtEnd
 from recipes.accuracy_consistency import draw_again, environments_of, plan, run, start_method
 from recipes.workloads import prepare
 
@@ -265,6 +268,34 @@ def test_processes_that_use_a_gpu_are_not_forked(monkeypatch):
     gpu = replace(device_type("cpu"), name="h100", kind="cuda")
     monkeypatch.setattr("lightning_easyscale.devices.device_type", lambda name, *, emulate=None: gpu)
     assert start_method(False, 1, "d1", ("h100",)) == "popen"
+
+
+def test_a_stage_ends_early_in_a_job_whose_schedule_knows_its_whole_length(tmp_path):
+    class Model(BoringModel):
+        def configure_optimizers(self):
+            self.known = self.trainer.max_steps
+            return super().configure_optimizers()
+
+    model, save = Model(), tmp_path / "end.ckpt"
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=9,
+        callbacks=[SaveAtEnd(str(save), end_step=3, control=None)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(model)
+    assert model.known == 9
+    assert trainer.global_step == 3
+    assert torch.load(save, weights_only=True)["global_step"] == 3
+
+
+def test_every_run_knows_the_length_of_the_job(tmp_path):
+    conf = configure("schedule=shrink_4_2_1", "determinism=all")
+    assert {spec.job_steps for spec in plan(conf, check(conf), tmp_path, tmp_path)} == {300}
 
 
 @pytest.mark.emulation
