@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easyscale import EasyScaleStrategy
+from lightning_easyscale.reduction.collector import ESTDataParallel
 
 STEPS = 6
 
@@ -87,6 +88,18 @@ def test_accumulation_meets_only_where_it_steps():
     meetings = [two[1] - one[1] for one, two in zip(counts.seen[1:], counts.seen[2:])]  # noqa: B905
     assert set(meetings) == {0, 1}
     assert abs(2 * sum(meetings) - len(meetings)) <= 1
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "tree"])
+def test_python_hears_of_one_gradient_of_a_bucket(monkeypatch, reduction):
+    heard = []
+    told = ESTDataParallel._gradient_ready
+    monkeypatch.setattr(
+        ESTDataParallel, "_gradient_ready", lambda self, index: heard.append(index) or told(self, index)
+    )
+    train(Net(), num_ests=2, reduction=reduction)
+    parameters = 6
+    assert len(heard) == 2 * (parameters + (STEPS - 1))
 
 
 def test_hooks_that_may_look_at_parameters_cost_one_more():

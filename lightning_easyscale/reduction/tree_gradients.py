@@ -138,7 +138,7 @@ class _Bucket(BucketForm):
         super().__init__(members, parameters)
         self.fold = TreeFold(ests, n, offload=offload)
         # On a CPU, scaling after copying would go over long members twice.
-        self._has_short_members = self.device.type != "cpu" or self.numel < _SHORT * len(members)
+        self._scales_flat = self.device.type != "cpu" or self.numel < _SHORT * len(members)
         self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
 
@@ -166,7 +166,7 @@ class _Bucket(BucketForm):
     @torch.no_grad()
     def _scaled(self, grads: Sequence[Tensor | None], factor: float) -> Tensor:
         """The bucket's gradients, multiplied by a factor, in one flat tensor: few kernels, however many they are."""
-        if self.contiguous and self._has_short_members and all(grad is not None for grad in grads):
+        if self.contiguous and self._scales_flat and all(grad is not None for grad in grads):
             flat = _flatten_dense_tensors(grads)
             # Of one gradient it is a view.
             return flat.mul_(factor) if len(grads) > 1 else flat * factor
