@@ -230,9 +230,10 @@ class Session:
 
     def request_stop(self) -> None:
         """This executor was asked to stop; its ESTs tell the others at their next rendezvous."""
-        # First: other ESTs run while the event is written.
-        self.executor.stop_requested = True
-        report("notice", executor=self.peers.index)
+        if not self.executor.stop_requested:
+            # First: other ESTs run while the event is written.
+            self.executor.stop_requested = True
+            report("notice", executor=self.peers.index)
 
     def watching_writes(self, rank: int, on: bool) -> AbstractContextManager[None]:
         """Guard the shared parameters against what this EST's code does inside the block, or do not."""

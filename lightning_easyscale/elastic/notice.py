@@ -100,11 +100,12 @@ class StopNotice:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
-            self.requested = number
             if self._ask is None:
+                self.requested = number
                 self._end_children()
                 raise SystemExit(STOPPED)
             self._ask()
+            self.requested = number  # now other threads may count on it
         previous = self._previous.get(number)
         if callable(previous):
             previous(number, frame)

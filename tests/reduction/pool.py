@@ -79,7 +79,7 @@ class Pool:
         self._answers(self._pipes)
 
     def _answers(self, pipes: list[Connection]) -> list[Any]:
-        answers, deadline = [], time.monotonic() + 30
+        answers, deadline = [], time.monotonic() + 120
         failed = []
         for rank, pipe in enumerate(pipes):
             # Once one rank has failed, the others wait for it in vain.
