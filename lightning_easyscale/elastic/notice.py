@@ -1,9 +1,10 @@
 """Stop signals of one process.
 
-A handler only sets a flag; what follows from it is agreed at the next rendezvous of all ESTs. Before there is anything
-to agree on (start-up), the signal ends the process at once. Python runs handlers on the main thread and only between
-two of its instructions, so a thread of the listener reads the signals a second way (`signal.set_wakeup_fd`): a second
-signal ends the process even where the main thread hangs in a collective or a long kernel.
+A signal only sets a flag; what follows from it is agreed at the next rendezvous of all ESTs. Before there is anything
+to agree on (start-up), it ends the process at once. Python runs handlers on the main thread and only between two of
+its instructions, and a signal that comes just before the thread sleeps does not wake it. So a thread of the listener
+reads the signals a second way (`signal.set_wakeup_fd`): whichever of the two is first asks, and a second signal ends
+the process even where the main thread hangs in a collective or a long kernel.
 """
 
 from __future__ import annotations
@@ -46,10 +47,12 @@ class StopNotice:
         self._ask: Callable[[], None] | None = None
         self._previous: dict[int, Any] = {}
         self._first: float | None = None  # when a signal came that is being answered
+        self._asking = threading.Lock()  # taken by the thread that asks
 
     def renew(self) -> None:
         """The request was answered; the next signal is a first one, and there is nobody yet to ask."""
         self.requested = self._ask = self._first = None
+        self._asking = threading.Lock()
 
     def leave_to_parent(self) -> None:
         """Called in a forked process: what it listens to from now on is its own affair."""
@@ -99,16 +102,20 @@ class StopNotice:
         self._mine.close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            if self._ask is None:
-                self.requested = number
-                self._end_children()
-                raise SystemExit(STOPPED)
-            self._ask()
-            self.requested = number  # now other threads may count on it
+        if self._ask is None and self.requested is None:
+            self.requested = number
+            self._end_children()
+            raise SystemExit(STOPPED)
+        self._request(number)
         previous = self._previous.get(number)
         if callable(previous):
             previous(number, frame)
+
+    def _request(self, number: int) -> None:
+        ask = self._ask
+        if ask is not None and self._asking.acquire(blocking=False):
+            ask()
+            self.requested = number  # now other threads may count on it
 
     def _listen(self) -> None:
         while True:
@@ -124,6 +131,7 @@ class StopNotice:
             self._first = now if self._first is None else self._first
             if now - self._first >= SAME_NOTICE_SECONDS:
                 self._leave(128 + numbers[-1])
+            self._request(numbers[0])
 
     def _leave(self, code: int) -> None:
         self._end_children()

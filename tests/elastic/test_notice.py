@@ -47,6 +47,26 @@ def test_the_first_signal_asks() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_signal_is_heard_while_the_main_thread_hangs() -> None:
+    done = run("""
+        import threading
+        asked = threading.Event()
+        with stopping() as listening:
+            listening.ask(asked.set)
+            def kill():
+                # to this thread, as the system may do with a process's signal: the main one sleeps on
+                signal.pthread_kill(threading.get_ident(), 15)
+            threading.Timer(0.1, kill).start()
+            lock = threading.Lock()
+            lock.acquire()
+            threading.Timer(3, lock.release).start()
+            began = time.monotonic()
+            threading.Thread(target=lambda: (asked.wait(), print(time.monotonic() - began < 2, flush=True))).start()
+            lock.acquire()
+    """)
+    assert done.stdout == "True\n", done.stdout + done.stderr
+
+
 @pytest.mark.fault("SIGTERM in start-up, before the executors are connected")
 def test_before_there_is_anything_to_ask_it_ends_the_process() -> None:
     """Exit code 75, and what the process has started is ended."""
