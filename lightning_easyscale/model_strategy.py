@@ -65,6 +65,7 @@ class ModelStrategy(DDPStrategy):
         self.session: Session | None = None
         self._gradient_offload = gradient_offload
         self._shown: ShownGradients | None = None
+        self._shows_job: Trainer | None = None
         self._forward_redirection = pl.ForwardRedirection()
 
     @property
@@ -92,6 +93,7 @@ class ModelStrategy(DDPStrategy):
         with self._watching_writes(False):
             super().setup(trainer)
         if self.global_rank == 0 and self.session is not None:
+            self._shows_job = trainer
             show_job(trainer, self.session.placement, [t.name for t in self.device_types])
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -254,8 +256,9 @@ class ModelStrategy(DDPStrategy):
         ending = session is None or not session.running or session.executor.failed or session.leaving
         if session is not None and not ending and len(session.ests) > 1:
             session.meet_locally(self.global_rank, "teardown")
-        if self.global_rank == 0 and self.lightning_module is not None:
-            hide_job(self.lightning_module.trainer)
+        if self._shows_job is not None:
+            hide_job(self._shows_job)
+            self._shows_job = None
         with self._watching_writes(False):
             if not self.is_lead and self.lightning_module is not None:
                 self._alias_parameters(self.lightning_module)
