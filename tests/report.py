@@ -80,6 +80,9 @@ def read(files: Iterable[Path]) -> list[Case]:
             )
             properties = run | {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
             where, name = case.get("classname", ""), case.get("name", "")
+            if not name:
+                continue  # begun when the run was interrupted
+            where = where or name  # a file that was skipped as a whole
             found[where, name] = Case(where, name, outcome, float(case.get("time", 0)), properties)
     return list(found.values())
 
