@@ -94,6 +94,7 @@ PACKAGE = ROOT / "lightning_easyscale"
 # What runs inside Lightning; everything else is the core, which knows nothing of it.
 GLUE = {
     "callbacks.py",
+    "progress.py",
     "rebalance.py",
     "checkpointing.py",
     "portability.py",
