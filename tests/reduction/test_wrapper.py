@@ -236,10 +236,11 @@ def test_ests_in_threads_meet_at_the_rendezvous() -> None:
 def test_a_dropped_wrapper_leaves_no_hooks() -> None:
     module = nn.Linear(2, 1)
     model = wrap(module, executor(1))
-    gone = weakref.ref(model)
+    gone, handles = weakref.ref(model), model._hooks._handles
+    assert len(handles) == 2
     del model
     assert gone() is None
-    assert not module.weight._post_accumulate_grad_hooks
+    assert not handles
 
 
 def told(model: ESTDataParallel, *losses: Tensor) -> None:
