@@ -42,6 +42,7 @@ class ModelStrategy(DDPStrategy):
 
     Args:
         gradient_offload: where partial sums of the ``tree`` order wait.
+        overlap_backward: see `EasyScaleStrategy`.
         process_group_backend: see `EasyScaleStrategy`.
         timeout: see there.
         start_method: see there.
@@ -54,6 +55,7 @@ class ModelStrategy(DDPStrategy):
         self,
         *,
         gradient_offload: Literal["host"] | None,
+        overlap_backward: bool,
         process_group_backend: str | None,
         timeout: timedelta,
         start_method: Literal["popen", "spawn", "fork", "forkserver"],
@@ -64,6 +66,7 @@ class ModelStrategy(DDPStrategy):
         )
         self.session: Session | None = None
         self._gradient_offload = gradient_offload
+        self._overlap_backward = overlap_backward
         self._shown: ShownGradients | None = None
         self._shows_job: Trainer | None = None
         self._forward_redirection = pl.ForwardRedirection()
@@ -119,7 +122,11 @@ class ModelStrategy(DDPStrategy):
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The backward pass."""
         with self._watching_writes(False):
-            return super().backward(*args, **kwargs)
+            try:
+                return super().backward(*args, **kwargs)
+            finally:
+                if isinstance(self.model, ESTDataParallel):
+                    self.model.end_overlap()
 
     def _watching_writes(self, on: bool) -> AbstractContextManager[None]:
         """Whether writes to the shared parameters are looked at (`runtime.writes`) inside the block."""
@@ -155,6 +162,7 @@ class ModelStrategy(DDPStrategy):
             options,
             private_gradients=self._private_gradients,
             offload=self._gradient_offload,
+            overlaps=self._overlap_backward,
             saved_layout=self.checkpointing.saved_layout,
         )
 
@@ -186,7 +194,7 @@ class ModelStrategy(DDPStrategy):
         if isinstance(self.model, ESTDataParallel):
             if module is not None and not module.automatic_optimization:
                 self.model.prepare_for_backward()
-            self.model.begin_backward()
+            self.model.begin_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """The module's gradients are there."""

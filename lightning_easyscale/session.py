@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -41,6 +42,7 @@ from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
 from .runtime.heap import share_heap
 from .runtime.kinship import Kinship
+from .runtime.overlap import BackwardOverlap
 from .runtime.peers import Peers
 from .runtime.process_group import VirtualProcessGroup
 from .runtime.world import WorldState, install, set_world
@@ -135,6 +137,7 @@ class Session:
         *,
         private_gradients: bool,
         offload: Offload,
+        overlaps: bool,
         saved_layout: BucketLayout | None,
     ) -> ESTDataParallel:
         """Wrap an EST's module so that its gradients are reduced over all ESTs in the job's order.
@@ -145,6 +148,7 @@ class Session:
             options: DDP's arguments.
             private_gradients: whether user code may see or change an EST's reduced gradients.
             offload: where gradients or their partial sums wait.
+            overlaps: whether other ESTs run during this one's backwards, where that is possible.
             saved_layout: the bucket layout of the checkpoint that is resumed, if any.
         """
         if rank == self.lead:
@@ -161,14 +165,25 @@ class Session:
                 in_turn=self._wait_for_turn,
             )
         assert self.gradients is not None
+        overlap = None
+        if overlaps and self.strategies[self.lead].policy == "portable":
+            self._say_no_overlap(rank, "D2's portable kernels are started from Python")
+        elif overlaps and len(self.ests) > 1:
+            before = partial(self.gradients.begin, rank)
+            overlap = BackwardOverlap(self.executor, rank, before=before, tell=partial(self._say_no_overlap, rank))
         return ESTDataParallel(
             module,
             rank=rank,
             n=self.placement.num_ests,
             reduce=self.gradients,
+            overlap=overlap,
             sync_buffers=self.groups[rank].broadcast_coalesced,
             **{name: value for name, value in options.items() if name != "gradient_as_bucket_view"},
         )
+
+    def _say_no_overlap(self, rank: int, reason: str) -> None:
+        if rank == self.lead:
+            rank_zero_info(f"EasyScale: `overlap_backward` is left out: {reason}.")
 
     def _wait_for_turn(self, rank: int) -> None:
         self._gradient_steps[rank] += 1

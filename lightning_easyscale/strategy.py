@@ -49,11 +49,12 @@ class EasyScaleStrategy(CheckpointStrategy):
         pool: device types the job may ever use (D2); default: the types of the first placement.
         threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``.
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
-        step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast, and the
-            split is as even as possible.
+        step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast.
         max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).
         gradient_offload: ``"host"`` keeps what waits for the last EST in pinned host memory: partial sums under the
             ``tree`` order, else gradients.
+        overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
+            Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
         process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -63,11 +64,9 @@ class EasyScaleStrategy(CheckpointStrategy):
         static_graph: see there.
         broadcast_buffers: see there.
         allow: fields of the fingerprint (``"torch"``, ``"cuda"``, ...) in which a checkpoint may differ on resume.
-        allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels although
-            nothing vouches for their bits.
-        elastic_dir: folder of an elastic run; default: the environment variable ``EASYSCALE_ELASTIC_DIR``. A stop
-            signal saves into its ``checkpoints/``, and `fit` starts from the newest good checkpoint there, whatever
-            `ckpt_path` says.
+        allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels.
+        elastic_dir: folder of an elastic run; default: the variable ``EASYSCALE_ELASTIC_DIR``. A stop signal saves into
+            its ``checkpoints/``; `fit` starts from the newest good checkpoint there, whatever `ckpt_path` says.
         snapshot_every_n_steps: for crashes, a thread commits a snapshot there after every so many optimizer steps.
         snapshot_replicas: where hosts have folders of their own, how many other hosts get each checkpoint.
 
@@ -91,6 +90,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         step_seconds: Mapping[str, float] | None = None,
         max_ests: Mapping[str, int] | None = None,
         gradient_offload: Literal["host"] | None = None,
+        overlap_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -116,6 +116,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             options["broadcast_buffers"] = False
         super().__init__(
             gradient_offload=gradient_offload,
+            overlap_backward=overlap_backward,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,

@@ -78,10 +78,13 @@ class Bench:
         k, rows = self.conf.ests, []
         for model in ("resnet18", "tiny"):
             name = f"est_vs_accumulation {model}"
-            results = self._compare(name, model, easyscale=("easyscale", k, 1), accumulation=("accumulate", k, 1))
+            ours = ("easyscale", k, 1)
+            results = self._compare(name, model, easyscale=ours, overlap=ours, accumulation=("accumulate", k, 1))
             aim = AIMS["ratio_resnet18"] if model == "resnet18" else None
-            rows.append(_ratio(name, f"{k} ESTs / accumulation over {k}", *results.values(), aim=aim))
-            rows.append(_ratio(name, "the same, CPU time", *results.values(), key="cpu"))
+            for side, how in (("easyscale", ""), ("overlap", ", overlap_backward=True")):
+                pair = results[side], results["accumulation"]
+                rows.append(_ratio(name, f"{k} ESTs / accumulation over {k}{how}", *pair, aim=aim))
+                rows.append(_ratio(name, "the same, CPU time", *pair, key="cpu"))
             rows += _counts(name, results["easyscale"], self.conf.bench.models[model].steps)
         return rows
 
@@ -203,6 +206,7 @@ class Bench:
                 threads=self.threads,
                 reduction=reduction or self.conf.reduction,
                 directory=str(self.directory / "sides" / f"{name} {side}".replace(" ", "_")),
+                overlaps=side == "overlap",
                 snapshot_every=(snapshot_every or {}).get(side),
             )
             for side, (kind, workers, executors) in sides.items()

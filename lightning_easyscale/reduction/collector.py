@@ -30,6 +30,7 @@ from torch.autograd.function import Function
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..runtime.overlap import BackwardOverlap
 from .arrival import Arrivals
 from .gradients import GradientReduce
 from .hooks import GradientHooks
@@ -51,6 +52,7 @@ class ESTDataParallel(nn.Module):
         static_graph: DDP's argument; the parameters used in the first iteration are used in all.
         bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
+        overlap: lets other ESTs run during this one's backwards.
         sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place.
 
     Raises:
@@ -69,6 +71,7 @@ class ESTDataParallel(nn.Module):
         static_graph: bool = False,
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
+        overlap: BackwardOverlap | None = None,
         sync_buffers: SyncBuffers | None = None,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class ESTDataParallel(nn.Module):
         self._ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
         self._buffers_now = ModuleBuffers(module, self._ignored)
         self._reduce = reduce
+        self._overlap = overlap
         self._names, self._parameters_in_order = self._collect_parameters()
         reduce.register(rank, self._parameters_in_order)
         total = len(self._parameters_in_order)
@@ -134,14 +138,22 @@ class ESTDataParallel(nn.Module):
         finally:
             self.require_backward_grad_sync = before
 
-    def begin_backward(self) -> None:
-        """The next backward is about to run; whoever tells of it also tells when it is over (`end_backward`)."""
+    def begin_backward(self, loss: Tensor) -> None:
+        """The backward of `loss` is about to run; whoever tells of it also tells when it is over (`end_backward`)."""
         if not self._arrivals.begin() and self._expecting:
             # In such a job they accumulate, and one that is there may not be final.
             self._ungroup()
+        if self._overlap is not None and self._expecting and not self._first_static_iteration:
+            self._overlap.begin(loss)
+
+    def end_overlap(self) -> None:
+        """The backward has ended, perhaps by an error; this EST runs alone."""
+        if self._overlap is not None:
+            self._overlap.end()
 
     def end_backward(self) -> None:
         """The backward that `begin_backward` told of is over."""
+        self.end_overlap()
         if self._expecting and self._groups and self._arrivals.came():
             # Hooks have heard of nothing.
             self._backward_ended()
@@ -326,6 +338,8 @@ class ESTDataParallel(nn.Module):
 
     def _backward_ended(self) -> None:
         self._armed = False
+        if self._overlap is not None:
+            self._overlap.come_back()
         if not self._expecting:
             return
         if self._groups:

@@ -85,6 +85,9 @@ class GradientReduce(ABC):
     def _prepare(self, parameters: list[Parameter]) -> None:
         """The first EST has announced its parameters."""
 
+    def begin(self, rank: int) -> None:  # noqa: B027  nothing to do for most
+        """EST `rank` is about to deposit its first gradient of a step; may be left out."""
+
     @abstractmethod
     def deposit(self, rank: int, index: int, *, used: bool = True) -> None:
         """The gradient of parameter `index` of EST `rank` is final, once per step; without one it counts as zero.

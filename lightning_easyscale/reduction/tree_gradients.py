@@ -82,7 +82,7 @@ class TreeGradients(GradientReduce):
         Raises:
             ValueError: if the gradient is sparse.
         """
-        self._begin(rank)
+        self.begin(rank)
         parameter = self._parameters[rank][index]
         bucket, slot = self._place[index]
         bucket.take(rank, slot, parameter.grad, 1.0 / self.n)
@@ -97,7 +97,7 @@ class TreeGradients(GradientReduce):
 
     def deposit_group(self, rank: int, number: int, grads: list[Tensor]) -> list[Tensor]:
         """See `GradientReduce.deposit_group`."""
-        self._begin(rank)
+        self.begin(rank)
         bucket = self._buckets[number]
         for index in bucket.members:
             self._parameters[rank][index].grad = None
@@ -105,7 +105,8 @@ class TreeGradients(GradientReduce):
         self._start_whole()
         return []
 
-    def _begin(self, rank: int) -> None:
+    def begin(self, rank: int) -> None:
+        """See `GradientReduce.begin`."""
         if self._in_turn is not None and rank not in self._begun:
             self._begun.add(rank)
             self._in_turn(rank)

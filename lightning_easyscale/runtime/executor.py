@@ -5,8 +5,9 @@ Protocol. Every EST runs its function in a thread of its own (the lead, the lowe
 
 Invariants:
 
-- Exactly one EST of an executor runs at any time; process-wide state belongs to it (see `context.py`).
+- Exactly one EST of an executor holds the baton at any time; process-wide state belongs to it (see `context.py`).
 - An EST that waits for a message lets the others run; only when none can does the executor wait for other executors.
+- One EST at most may have stepped aside: it goes on without the baton, in code that needs no process-wide state.
 - After a meeting the lead runs first, then the others in rank order. So at any time the lead is at least as far as
   every other EST, which is what lets a broadcast from rank 0 be served without waiting (`Executor.publish`). Only a
   collective of some ESTs can hold the lead back; where order matters the others then wait (`Executor.in_turn`).
@@ -20,51 +21,12 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from .errors import CollectiveMismatch, ESTAborted, ESTHang, RemoteESTError
+from .est import BACKWARD, EST, Context, Meeting, mismatch, note, whereabouts
 from .messages import Mailbox
 from .peers import Peers
-
-
-class Context(Protocol):
-    """Process-wide state of one EST, put in force while it holds the baton."""
-
-    def enter(self) -> None:
-        """Put this EST's state in force."""
-
-    def leave(self) -> None:
-        """Remember this EST's state."""
-
-    def prepare(self) -> None:
-        """Remember the launching thread's thread-local settings."""
-
-    def thread(self) -> AbstractContextManager[None]:
-        """Those settings, for the EST's thread."""
-
-
-@dataclass
-class Meeting:
-    """A rendezvous that is filling up."""
-
-    members: tuple[int, ...]
-    tag: str
-    deposits: dict[int, Any] = field(default_factory=dict)
-    ready: Callable[[], bool] = bool  # of what is waited for without a meeting: whether it has come
-    outside: bool = False  # another executor may bring it
-
-
-@dataclass
-class _EST:
-    rank: int
-    context: Context
-    gate: threading.Lock = field(default_factory=threading.Lock)
-    waiting_for: Meeting | None = None
-    inbox: Any = None
-    finished: bool = True
-    holds: bool = False  # the baton; not so for an EST that gave up waiting
 
 
 class Executor:
@@ -96,11 +58,12 @@ class Executor:
         self.meetings = 0
         self.world_meetings = 0
         self.holder: int | None = None
-        self._ests = {rank: _EST(rank, context) for rank, context in contexts.items()}
+        self._ests = {rank: EST(rank, context) for rank, context in contexts.items()}
         self._meetings: dict[Any, Meeting] = {}
         self._published: dict[Any, tuple[str, Any, set[int]]] = {}
         self.mail = Mailbox(self.ranks, peers.store)
         self._passed: dict[Any, int] = {}
+        self._aside: EST | None = None
         self._failure: tuple[int, BaseException] | None = None
 
     @property
@@ -120,7 +83,7 @@ class Executor:
         Raises:
             BaseException: the first error of any EST, as it was raised, with a note that names the rank.
         """
-        self._failure = None
+        self._failure = self._aside = None
         self._meetings.clear()
         self._published.clear()
         self.mail.clear()
@@ -134,6 +97,7 @@ class Executor:
             est.context.prepare()
 
         def body(rank: int) -> None:
+            self._ests[rank].thread = threading.get_ident()
             try:
                 self._take_turn(rank)
                 with self._ests[rank].context.thread():
@@ -160,7 +124,7 @@ class Executor:
         if self._failure is not None:
             rank, error = self._failure
             self.peers.announce_failure(f"EST {rank} failed on executor {self.peers.index}: {error!r}")
-            _note(error, f"raised in EST {rank} (executor {self.peers.index})")
+            note(error, f"raised in EST {rank} (executor {self.peers.index})")
             raise error
         return results
 
@@ -189,17 +153,14 @@ class Executor:
             ESTHang: if the others do not arrive in time.
             ESTAborted: if another EST failed.
         """
-        self._check_alive()
+        self._check_may_act()
         est = self._ests[rank]
         meeting = self._meetings.get(key)
         if meeting is None:
             meeting = self._meetings[key] = Meeting(tuple(members or self.ranks), tag)
         if meeting.tag != tag:
             first = next(iter(meeting.deposits))
-            raise CollectiveMismatch(
-                f"EST {rank} called `{tag}` where EST {first} called `{meeting.tag}`."
-                " HINT: every rank has to call the same collectives in the same order."
-            )
+            raise mismatch(rank, tag, f"EST {first}", meeting.tag)
         meeting.deposits[rank] = deposit
         if len(meeting.deposits) == len(meeting.members):
             del self._meetings[key]
@@ -232,10 +193,7 @@ class Executor:
             self._published[key] = (tag, value(), set(self.ranks))
         published_tag, result, outstanding = self._published[key]
         if published_tag != tag:
-            raise CollectiveMismatch(
-                f"EST {rank} called `{tag}` where an earlier EST called `{published_tag}`."
-                " HINT: every rank has to call the same collectives in the same order."
-            )
+            raise mismatch(rank, tag, "an earlier EST", published_tag)
         outstanding.discard(rank)
         if not outstanding:
             del self._published[key]
@@ -252,7 +210,7 @@ class Executor:
             key: what the ESTs pass, the same for all of them.
             tag: its name, for messages.
         """
-        self._check_alive()
+        self._check_may_act()
         place = self.ranks.index(rank)
         self.wait_until(rank, f"its turn in {tag}", lambda: self._passed.get(key, 0) >= place)
         if place + 1 < len(self.ranks):
@@ -269,7 +227,7 @@ class Executor:
             ready: whether it has come.
             outside: whether another executor may bring it.
         """
-        self._check_alive()
+        self._check_may_act()
         if not ready():
             self._wait(rank, Meeting((rank,), tag, ready=ready, outside=outside))
 
@@ -280,17 +238,64 @@ class Executor:
             rank: the calling EST.
             tag: what it does, for messages.
         """
-        self._check_alive()
+        self._check_may_act()
         self._wait(rank, Meeting((rank,), tag, ready=lambda: True))
 
-    def _wait(self, rank: int, meeting: Meeting) -> None:
+    def step_aside(self, rank: int) -> bool:
+        """Let another EST run beside this one's backward; the backward of one that did so before is waited for.
+
+        Until `come_back` EST `rank` may only do what needs neither process-wide state nor the other ESTs.
+
+        Returns:
+            Whether another EST runs now; if none can, this one keeps the baton.
+        """
+        self._check_alive()
+        est = self._ests[rank]
+        while (before := self._aside) is not None:
+            self._await_return(before)
+            self._wait(rank, Meeting((rank,), BACKWARD, ready=lambda: True), following=before.rank)
+        if not any(other.can_run for other in self._ests.values() if other is not est):
+            return False
+        est.may_return.clear()
+        est.waiting_for = Meeting((rank,), BACKWARD, ready=est.may_return.is_set)
+        self._aside = est
+        self._pass_to(self._next_runnable(rank), leaving=rank)
+        return True
+
+    def come_back(self, rank: int) -> None:
+        """Wait for the baton after `step_aside` has given it away."""
+        est = self._ests[rank]
+        est.may_return.set()
+        try:
+            self._take_turn(rank)
+        finally:
+            est.waiting_for = self._aside = None
+
+    def _await_return(self, est: EST) -> None:
+        if not est.may_return.wait(self.timeout):
+            raise ESTHang(
+                f"EST {est.rank} was in {BACKWARD} for {self.timeout:.0f} s, and the others wait for it. HINT: look for"
+                " a blocking call there; if it is legitimately that slow, raise `timeout`."
+            )
+
+    def _wait(self, rank: int, meeting: Meeting, following: int | None = None) -> None:
         est = self._ests[rank]
         est.waiting_for = meeting
-        following = self._next_runnable(rank)
+        if following is None:
+            following = self._next_runnable(rank)
         if following != rank:
             self._pass_to(following, leaving=rank)
             self._take_turn(rank)
         est.waiting_for = None
+
+    def _check_may_act(self) -> None:
+        aside = self._aside
+        if aside is not None and aside.thread == threading.get_ident():
+            raise RuntimeError(
+                f"The backward of EST {aside.rank} calls a collective while another EST runs. HINT: its graph was"
+                " without one in the first step; set `overlap_backward=False`."
+            )
+        self._check_alive()
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -302,21 +307,20 @@ class Executor:
         began, pause = time.monotonic(), 1e-4
         while True:
             for candidate in order:
-                est = self._ests[candidate]
-                if not est.finished and (est.waiting_for is None or est.waiting_for.ready()):
+                if self._ests[candidate].can_run:
                     return candidate
-            waits = {r: e.waiting_for for r, e in self._ests.items() if not e.finished}
-            states = "; ".join(
-                f"EST {r} " + (f"waits in `{wait.tag}`" if (wait := waits.get(r)) is not None else "has ended")
-                for r in self.ranks
-            )
-            if not any(wait is not None and wait.outside for wait in waits.values()):
+            if self._aside is not None:
+                self._await_return(self._aside)
+                continue
+            waits = [est.waiting_for for est in self._ests.values() if not est.finished]
+            if not any(wait is not None and wait.outside for wait in waits):
                 raise CollectiveMismatch(
-                    f"no EST can go on: {states}."
+                    f"no EST can go on: {whereabouts(self._ests.values())}."
                     " HINT: every rank has to call the same collectives the same number of times."
                 )
             self.peers.raise_failure()
             if time.monotonic() - began > self.timeout:
+                states = whereabouts(self._ests.values())
                 raise ESTHang(f"nothing came from the other executors in {self.timeout:.0f} s: {states}.")
             time.sleep(pause)
             pause = min(2 * pause, 0.01)
@@ -343,7 +347,7 @@ class Executor:
         est.context.enter()
         self._check_alive()
 
-    def _wait_for_baton(self, est: _EST) -> bool:
+    def _wait_for_baton(self, est: EST) -> bool:
         """Whether the baton has come in time."""
         while True:
             try:
@@ -392,9 +396,3 @@ class Executor:
         if not self._wait_for_baton(lead):
             self.fail(self.lead, ESTHang(f"EST {self.holder} did not end within {self.timeout:.0f} s."))
         lead.context.enter()
-
-
-def _note(error: BaseException, text: str) -> None:
-    """Attach `text` to an exception (`add_note` where Python has it)."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)

@@ -60,6 +60,7 @@ DIMENSIONS: dict[str, list[Any]] = {
     "order": ["ddp", "tree"],
     "changes": [0, 1, 3],
     "job": list(range(4)),
+    "overlap": [False, True],
 }
 
 
@@ -78,7 +79,9 @@ def run_case(runs: Runs, case: dict[str, Any]) -> None:
     first = case["placement"] if "placement" in case else placement_for(n, case["kind"], pick)
     stops = sorted(pick.sample(range(1, BATCHES), case["changes"]))
     placements = [first, *(pick.choice(splits(n)) for _ in stops)]
-    compare(reference, runs.elastic(JOB, config, list(zip(placements, [*stops, None], strict=True)), case["order"]))
+    stages = list(zip(placements, [*stops, None], strict=True))
+    strategy = {"overlap_backward": case["overlap"]}
+    compare(reference, runs.elastic(JOB, config, stages, case["order"], strategy=strategy))
 
 
 @pytest.mark.parametrize("case", pairwise(DIMENSIONS), ids=case_id)
@@ -92,7 +95,8 @@ def product() -> list[dict[str, Any]]:
     for n, order, changes in itertools.product(*(DIMENSIONS[name] for name in ("n", "order", "changes"))):
         for placement in splits(n):
             case = {"n": n, "placement": placement, "order": order, "changes": changes}
-            cases += [{**case, "job": job} for job in random.Random(case_id(case)).sample(range(12), 4)]
+            jobs = random.Random(case_id(case)).sample(range(12), 4)
+            cases += [{**case, "job": job, "overlap": i % 2 == 1} for i, job in enumerate(jobs)]
     return cases
 
 

@@ -246,7 +246,7 @@ def test_a_dropped_wrapper_leaves_no_hooks() -> None:
 def told(model: ESTDataParallel, *losses: Tensor) -> None:
     """Run backwards as the strategy does."""
     for loss in losses:
-        model.begin_backward()
+        model.begin_backward(loss)
         loss.backward()
         model.end_backward()
 

@@ -119,10 +119,10 @@ def train(scenario: str, workers: dict[int, nn.Module], announced: bool = False)
                 model.zero_grad()
             with model.no_sync() if accumulating else contextlib.nullcontext():  # type: ignore[operator]
                 main, aside = model(batch(step, rank), step, rank)
-                with _told(model) if announced else contextlib.nullcontext():
+                with _told(model, main) if announced else contextlib.nullcontext():
                     main.backward(retain_graph=scenario == "two_backwards")
                 if scenario == "two_backwards":
-                    with _told(model) if announced else contextlib.nullcontext():
+                    with _told(model, aside) if announced else contextlib.nullcontext():
                         aside.backward()
         for rank, model in workers.items():
             seen[rank].append(digest(model))
@@ -135,9 +135,9 @@ def train(scenario: str, workers: dict[int, nn.Module], announced: bool = False)
 
 
 @contextlib.contextmanager
-def _told(model: nn.Module) -> Iterator[None]:
+def _told(model: nn.Module, loss: Tensor) -> Iterator[None]:
     assert isinstance(model, ESTDataParallel)
-    model.begin_backward()
+    model.begin_backward(loss)
     yield
     model.end_backward()
 

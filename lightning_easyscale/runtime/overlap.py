@@ -1,0 +1,100 @@
+"""The backward of one EST beside the forward of the next.
+
+Forward is driven by Python, backward by autograd's C++ code, which needs Python only for hooks. So while an EST's
+backward runs, the next EST of the executor may have the process (`Executor.step_aside`): its forward is made ready for
+the device at the same time. Both work on one stream, so the device does what it would have done in another order, and
+every EST computes the same bits.
+
+This holds as long as a backward runs no Python but the runtime's, which would find the process in another EST's state.
+So the first backward of an EST is not overlapped but watched: one that calls into Python (an `autograd.Function`, a
+user's hook, a forward that is computed again) is never overlapped. A collective in a later backward is an error.
+
+The cost is memory: the activations of two ESTs at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .executor import Executor
+
+_OURS = __name__.partition(".")[0]
+
+
+class BackwardOverlap:
+    """Lets the other ESTs of an executor run during the backwards of one.
+
+    Args:
+        executor: hosts the EST.
+        rank: of the EST.
+        before: called before another EST runs.
+        tell: called once with the reason if the EST's backwards cannot be overlapped.
+    """
+
+    def __init__(
+        self, executor: Executor, rank: int, *, before: Callable[[], None], tell: Callable[[str], None]
+    ) -> None:
+        self._executor = executor
+        self._rank = rank
+        self._before = before
+        self._tell = tell
+        self._suits: bool | None = None
+        self._watch: _Watch | None = None
+        self._handle: RemovableHandle | None = None
+        self._aside = False
+
+    def begin(self, loss: Tensor) -> None:
+        """The backward of `loss` is about to run and to be reduced."""
+        if loss.grad_fn is not None and self._suits is not False:
+            self._handle = loss.grad_fn.register_prehook(self._engine_starts)
+
+    def _engine_starts(self, grads: Any) -> None:
+        if self._suits:
+            self._before()
+            self._aside = self._executor.step_aside(self._rank)
+        elif sys.getprofile() is None:
+            self._watch = _Watch(sys._getframe(1))
+            sys.setprofile(self._watch)
+
+    def come_back(self) -> None:
+        """The backward needs the process again, or has ended."""
+        if self._aside:
+            self._aside = False
+            self._executor.come_back(self._rank)
+        if self._watch is not None:
+            sys.setprofile(None)
+            called, self._watch = self._watch.called, None
+            self._suits = called is None
+            if called is not None:
+                self._tell(f"backward calls `{called}`")
+
+    def end(self) -> None:
+        """The backward has ended, or failed."""
+        self.come_back()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+class _Watch:
+    """A profile function that finds what a backward calls in Python, apart from the runtime's own hooks.
+
+    Args:
+        engine: the frame that called autograd's engine.
+    """
+
+    def __init__(self, engine: FrameType) -> None:
+        self._engine = engine
+        self.called: str | None = None
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_back is self._engine and self.called is None:
+            module = str(frame.f_globals.get("__name__"))
+            if module.partition(".")[0] != _OURS:
+                self.called = f"{module}.{frame.f_code.co_name}"

@@ -1,0 +1,208 @@
+"""Stepping aside: one EST's backward beside the next one's forward."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_easyscale.runtime.errors import ESTHang
+from lightning_easyscale.runtime.executor import Executor
+from lightning_easyscale.runtime.overlap import BackwardOverlap
+from lightning_easyscale.runtime.peers import Peers
+
+
+class Context:
+    """Knows whether it is in force."""
+
+    inside = False
+
+    def enter(self) -> None:
+        self.inside = True
+
+    def leave(self) -> None:
+        self.inside = False
+
+    def prepare(self) -> None:
+        pass
+
+    def thread(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def executor(n: int, timeout: float = 20.0) -> Executor:
+    return Executor({rank: Context() for rank in range(n)}, Peers(0, 1), timeout=timeout)
+
+
+def test_another_est_runs_while_one_is_aside_and_is_waited_for() -> None:
+    host, order, others = executor(3), [], threading.Event()
+
+    def est(rank: int) -> None:
+        order.append(f"forward {rank}")
+        aside = host.step_aside(rank)
+        if rank == 0:
+            assert aside
+            assert others.wait(10), "nobody ran beside EST 0"
+        elif rank == 1:
+            others.set()
+        if aside:
+            host.come_back(rank)
+        order.append(f"backward {rank}")
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    def second() -> None:
+        others.set()
+        est(1)
+
+    host.run({0: lambda: est(0), 1: second, 2: lambda: est(2)})
+    assert order.index("forward 1") < order.index("backward 0") < order.index("backward 1")
+    # One EST at most is ahead of a backward, so that no more than two hold activations.
+    assert order.index("backward 0") < order.index("forward 2")
+
+
+def test_the_last_est_keeps_the_baton() -> None:
+    host, kept = executor(2), []
+
+    def est(rank: int) -> None:
+        aside = host.step_aside(rank)
+        kept.append((rank, aside))
+        if aside:
+            host.come_back(rank)
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+    assert kept == [(0, True), (1, False)]
+
+
+def test_state_is_swapped_when_an_est_steps_aside_and_comes_back() -> None:
+    contexts = {rank: Context() for rank in range(2)}
+    host = Executor(contexts, Peers(0, 1), timeout=20)
+
+    def est(rank: int) -> None:
+        if host.step_aside(rank):
+            assert not contexts[rank].inside
+            host.come_back(rank)
+        assert contexts[rank].inside
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+
+
+def test_a_collective_while_aside_is_an_error() -> None:
+    host = executor(2)
+
+    def est(rank: int) -> None:
+        if host.step_aside(rank):
+            try:
+                # The rank of whoever has the process: what code that asks for it is told.
+                host.meet(1, "inside", "all_reduce", None, dict.fromkeys)
+            finally:
+                host.come_back(rank)
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    with pytest.raises(RuntimeError, match=r"The backward of EST 0 calls a collective .*`overlap_backward=False`"):
+        host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_beside_a_backward_ends_both(failing: int) -> None:
+    host, started = executor(2), threading.Event()
+
+    def est(rank: int) -> None:
+        aside = host.step_aside(rank)
+        try:
+            if aside:
+                assert started.wait(10)
+            if rank == failing:
+                raise ArithmeticError(f"EST {rank}")
+        finally:
+            if aside:
+                host.come_back(rank)
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    def second() -> None:
+        started.set()
+        if failing == 1:
+            raise ArithmeticError("EST 1")
+        est(1)
+
+    with pytest.raises(ArithmeticError, match=f"EST {failing}"):
+        host.run({0: lambda: est(0), 1: second})
+
+
+def test_a_backward_that_does_not_end_is_a_hang() -> None:
+    host, release = executor(2, timeout=0.3), threading.Event()
+
+    def est(rank: int) -> None:
+        if host.step_aside(rank):
+            release.wait(1.5)
+            host.come_back(rank)
+        host.meet(rank, "end", "end", None, dict.fromkeys)
+
+    with pytest.raises(ESTHang, match=r"EST 0 was in its backward for 0 s"):
+        host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def drawing(grad: Tensor) -> None:
+    torch.default_generator.manual_seed(1)
+
+
+LOSSES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str | None]] = {
+    "plain": (lambda net, x: net(x).square().mean(), None),
+    "dropout": (lambda net, x: nn.functional.dropout(net(x), 0.5).mean(), None),
+    "function": (lambda net, x: Doubled.apply(net(x)).mean(), "torch.autograd.function.apply"),
+    "hook": (lambda net, x: hooked(net(x), drawing), f"{__name__}.drawing"),
+    "checkpoint": (lambda net, x: checkpoint(net, x, use_reentrant=False).mean(), "torch.utils.checkpoint"),
+    "reentrant": (lambda net, x: checkpoint(net, x, use_reentrant=True).mean(), "torch.autograd.function.apply"),
+}
+
+
+def hooked(x: Tensor, hook: Callable[[Tensor], Any]) -> Tensor:
+    x.register_hook(hook)
+    return x.mean()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_first_backward_decides(kind: str) -> None:
+    make, reason = LOSSES[kind]
+    host, said, beside = executor(2), [], []
+
+    def est(rank: int) -> None:
+        net = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.BatchNorm1d(3))
+        overlap = BackwardOverlap(host, rank, before=lambda: None, tell=said.append)
+        for step in range(2):
+            loss = make(net, torch.randn(4, 3, requires_grad=True))
+            switches = host.switches
+            overlap.begin(loss)
+            loss.sin().backward()
+            overlap.end()
+            if rank == 0:
+                beside.append(host.switches - switches)
+            host.meet(rank, ("end", step), "end", None, dict.fromkeys)
+
+    with torch.random.fork_rng():
+        host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+    assert beside[0] == 0
+    if reason is None:
+        assert not said
+        assert beside[1] > 0
+    else:
+        assert len(said) == 2
+        assert reason in said[0]
+        assert beside[1] == 0
