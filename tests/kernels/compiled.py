@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
 import triton
@@ -18,6 +20,7 @@ GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **T
 ROWS = {"WEIGHT": True, "U": 1}
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
 POINTERS |= {"running_mean", "running_var", "source"}
+THREADS = 128
 NUMBERS = {"eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
@@ -66,5 +69,17 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, *, fusion:
         return "*fp32" if name in POINTERS else "i32"
 
     source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constexprs=constants)
-    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": fusion}
+    options = {"num_warps": THREADS // 32, "num_stages": 2, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def fused_in_source(made: Any) -> int:
+    """How many fused multiply-adds a thread is asked for by the kernel's source, once through each loop.
+
+    Triton's IR says it: each ``math.fma`` is one per element, and a product ``[m, k] @ [k, n]`` is ``m * k * n``.
+    """
+    ir = made.asm["ttir"]
+    shapes = re.findall(r"= math\.fma .*: (?:tensor<([\dx]*)x)?f32", ir)
+    alone = sum(max(1, math.prod(int(d) for d in shape.split("x") if d) // THREADS) for shape in shapes)
+    products = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)xf32> \* tensor<\d+x(\d+)xf32>", ir)
+    return alone + sum(int(m) * int(k) * int(n) // THREADS for m, k, n in products)

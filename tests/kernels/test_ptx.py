@@ -38,9 +38,11 @@ def fused_additions(ptx: str) -> int:
 )
 def test_every_rounding_is_the_formats(kernel: Any, constants: dict[str, Any], fuses: bool, capability: int) -> None:
     """Chains are fused multiply-adds; nothing else is fused, approximated, flushed, or added atomically."""
-    ptx = compiled.compiled(kernel, constants, capability).asm["ptx"]
+    made = compiled.compiled(kernel, constants, capability)
+    ptx = made.asm["ptx"]
     assert forbidden(ptx) == []
     assert (fused_additions(ptx) > 0) == fuses
+    assert fused_additions(ptx) == compiled.fused_in_source(made)
 
 
 def test_every_kernel_is_looked_at() -> None:
@@ -51,6 +53,13 @@ def test_every_kernel_is_looked_at() -> None:
         if isinstance(value, triton.JITFunction) and not name.startswith("_")
     }
     assert launched == {kernel for kernel, _, _ in compiled.KERNELS}
+
+
+@pytest.mark.parametrize("which", range(1, 3))
+def test_a_fusion_beside_others_is_found(which: int) -> None:
+    kernel = next(k for k, _, _ in compiled.KERNELS if k.__name__ == "activation_backward")
+    made = compiled.compiled(kernel, {"WHICH": which, "W": 256}, 90, fusion=True)
+    assert fused_additions(made.asm["ptx"]) > compiled.fused_in_source(made) > 0
 
 
 @pytest.mark.parametrize(

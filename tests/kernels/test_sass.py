@@ -36,9 +36,23 @@ def test_every_rounding_is_the_formats(kernel, constants, fuses, capability, tmp
     assert sass.violations(text) == []
     there, asked = sass.arithmetic(text), sass.asked_for(made.asm["ptx"])
     assert (there["fma"] > 0) == fuses
+    assert asked["fma"] == compiled.fused_in_source(made)
     assert {word: n > 0 for word, n in there.items()} == {word: n > 0 for word, n in asked.items()}
     if not sass.loops(made.asm["ptx"]):
         assert there == asked
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_products_are_chains_of_fused_operations_alone(capability, tmp_path):
+    """No product of a dot product is rounded by itself; only sums of segments and blocks are."""
+    names = ("matmul", "forward", "input_gradient", "weight_gradient", "depthwise_forward", "depthwise_weight_gradient")
+    found = [(k, c) for k, c, _ in compiled.KERNELS if k.__name__ in names]
+    assert {k.__name__ for k, _ in found} == set(names)
+    for kernel, constants in found:
+        made = compiled.compiled(kernel, constants, capability)
+        there = sass.arithmetic(sass.disassemble(made.asm["cubin"], tmp_path))
+        assert there["mul"] == 0
+        assert there["fma"] >= compiled.fused_in_source(made) > 0
 
 
 @triton.jit
