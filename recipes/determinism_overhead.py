@@ -14,8 +14,7 @@ import csv
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,12 +30,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_easyscale import determinism, kernels
+from lightning_easyscale import determinism
 
 from . import workloads
 from ._config import ConfigError
 from ._console import make_console
 from ._machine import device_name
+from ._ways import WAYS, in_force
 
 PUBLISHED_MS = {
     "shufflenetv2": (216.3, 216.7, 469.7),
@@ -49,8 +49,6 @@ PUBLISHED_MS = {
     "swin": (413.2, 411.4, 428.9),
 }
 """Milliseconds per mini-batch on a V100, non-deterministic, deterministic and D2: EasyScale (SC'23), Figure 12."""
-
-WAYS = ("tf32", "nondeterministic", "d1", "d2")
 
 
 @dataclass
@@ -81,28 +79,6 @@ class DeterminismOverheadConf:
 
 
 ConfigStore.instance().store(name="determinism_overhead_schema", node=DeterminismOverheadConf)
-
-
-@contextmanager
-def in_force(way: str, *, threads: int, device_type: str) -> Iterator[None]:
-    """One of `WAYS` for the time of a ``with`` block."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = matmul.allow_tf32 = way == "tf32"
-    try:
-        with ExitStack() as stack:
-            if way in ("d1", "d2"):
-                level = determinism.Level.parse("D1" if way == "d1" else "D1+D2")
-                record = determinism.apply(level, threads=threads, device_type=device_type, policy="portable")
-                stack.callback(determinism.restore, record)
-                stack.enter_context(determinism.deterministic_replacements())
-            else:
-                cudnn.benchmark = True  # the fastest kernels, whichever they are
-            if way == "d2":
-                stack.enter_context(kernels.portable())
-            yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
 def _ignored(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels: every rounding is the format's. Needs Triton, but no GPU."""
+"""What Triton makes of the kernels, as PTX: every rounding is the format's. Needs Triton, but no GPU."""
 
 from __future__ import annotations
 
@@ -8,64 +8,9 @@ from typing import Any
 import pytest
 
 triton = pytest.importorskip("triton")
-compiler = pytest.importorskip("triton.compiler")
-backends = pytest.importorskip("triton.backends.compiler")
-convolutions = pytest.importorskip("lightning_easyscale.kernels.cuda_convolution_kernels")
-fused = pytest.importorskip("lightning_easyscale.kernels.cuda_fused_kernels")
-primitives = pytest.importorskip("lightning_easyscale.kernels.cuda_kernels")
+compiled = pytest.importorskip("tests.kernels.compiled")
 
 TARGETS = [80, 90]  # compute capabilities
-TILES = {"BM": 64, "BN": 64, "BK": 32}
-GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
-ROWS = {"WEIGHT": True, "U": 1}
-POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"running_mean", "running_var", "source"}
-NUMBERS = {"eps", "momentum", "rest", "unbias"}
-
-# (kernel, its constants, whether its format has fused multiply-adds)
-KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
-    (primitives.matmul, {"SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
-    *((primitives.fold, {"CONTINUE": go_on, "W": 256}, False) for go_on in (True, False)),
-    (primitives.sum_middle, {"U": 1, "W": 4}, False),
-    *((primitives.unary, {"WHICH": which, "W": 256}, which != 6) for which in range(7)),
-    *((primitives.random, {"NORMAL": normal, "W": 128}, normal) for normal in (True, False)),
-    (primitives.index_add, {"W": 128}, False),
-    (convolutions.forward, GATHERED, True),
-    (convolutions.forward, {**GATHERED, "KW": 1, "WHOLE": True, "FLAT": True}, True),
-    (convolutions.input_gradient, {"LONG": True, "FLAT": False, "ALIGNED": 1, "ROWS": 1, **TILES}, True),
-    (convolutions.weight_gradient, {"WHOLE": True, "SPAN": 4096, "ROWS": 1, "COLS": 1, **TILES}, True),
-    (convolutions.depthwise_forward, {"W": 128}, True),
-    (convolutions.depthwise_input_gradient, {"W": 128}, False),  # a product per tap
-    (convolutions.depthwise_weight_gradient, {"S": 1, "W": 128}, True),
-    *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
-    *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
-    (fused.layer_norm, {"BIAS": True, **ROWS}, False),
-    (fused.layer_norm_backward, ROWS, False),
-    *((fused.channel_sums, {"KIND": kind, **ROWS}, False) for kind in range(3)),
-    *((fused.channel_moments, {"KIND": kind, "RUNNING": True, "U": 1}, False) for kind in range(2)),
-    (fused.channel_gradients, {"U": 1}, False),
-    (fused.normalize_channels, {"WEIGHT": True, "BIAS": True, "W": 256}, False),
-    (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
-    *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
-    *((fused.activation_backward, {"WHICH": which, "W": 256}, which != 3) for which in range(4)),
-]
-
-
-def ptx_of(kernel: Any, constants: dict[str, Any], capability: int) -> str:
-    """The kernel as it is compiled for a launch."""
-
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in ("index", "order"):
-            return "*i64"
-        if name in NUMBERS or (name == "count" and kernel is not primitives.fold):
-            return "fp32"
-        return "*fp32" if name in POINTERS else "i32"
-
-    source = compiler.ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constexprs=constants)
-    options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
-    return str(triton.compile(source, target=backends.GPUTarget("cuda", capability, 32), options=options).asm["ptx"])
 
 
 def forbidden(ptx: str) -> list[str]:
@@ -89,24 +34,32 @@ def fused_additions(ptx: str) -> int:
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize(
-    ("kernel", "constants", "fuses"),
-    [pytest.param(k, c, f, id=f"{k.__name__} {' '.join(map(str, c.values()))}") for k, c, f in KERNELS],
+    ("kernel", "constants", "fuses"), [pytest.param(k, c, f, id=compiled.title(k, c)) for k, c, f in compiled.KERNELS]
 )
 def test_every_rounding_is_the_formats(kernel: Any, constants: dict[str, Any], fuses: bool, capability: int) -> None:
     """Chains are fused multiply-adds; nothing else is fused, approximated, flushed, or added atomically."""
-    ptx = ptx_of(kernel, constants, capability)
+    made = compiled.compiled(kernel, constants, capability)
+    ptx = made.asm["ptx"]
     assert forbidden(ptx) == []
     assert (fused_additions(ptx) > 0) == fuses
+    assert fused_additions(ptx) == compiled.fused_in_source(made)
 
 
 def test_every_kernel_is_looked_at() -> None:
     launched = {
         value
-        for module in (primitives, convolutions, fused)
+        for module in compiled.MODULES
         for name, value in vars(module).items()
         if isinstance(value, triton.JITFunction) and not name.startswith("_")
     }
-    assert launched == {kernel for kernel, _, _ in KERNELS}
+    assert launched == {kernel for kernel, _, _ in compiled.KERNELS}
+
+
+@pytest.mark.parametrize("which", range(1, 3))
+def test_a_fusion_beside_others_is_found(which: int) -> None:
+    kernel = next(k for k, _, _ in compiled.KERNELS if k.__name__ == "activation_backward")
+    made = compiled.compiled(kernel, {"WHICH": which, "W": 256}, 90, fusion=True)
+    assert fused_additions(made.asm["ptx"]) > compiled.fused_in_source(made) > 0
 
 
 @pytest.mark.parametrize(
