@@ -22,7 +22,7 @@ from . import determinism as det
 from . import kernels
 from .compatibility import check_module
 from .elastic.events import report
-from .elastic.membership import World, enter, generation, next_world
+from .elastic.membership import World, enter, generation, is_member, next_world
 from .elastic.notice import StopNotice
 from .elastic.requeue import requeue_job
 from .elastic.spare import Spares
@@ -31,6 +31,7 @@ from .runtime.peers import connect, disconnect
 from .seed import agree_on_seed
 from .session import Session
 from .stopping import TrainingStopped, requeue_signal
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -120,6 +121,8 @@ class Execution:
         timeout = strategy.timeout or default_pg_timeout
         check_module(trainer.lightning_module)
         placement = strategy.placement
+        if is_member():
+            warm_up(strategy.root_device, backend)
         report("ready", executor=strategy.executor_index)
         peers = connect(strategy.executor_index, placement.num_executors, backend=backend, timeout=timeout)
         agree_on_seed(peers)

@@ -70,13 +70,18 @@ def generation() -> int:
     return int(os.environ.get(GENERATION_VARIABLE, 0))
 
 
+def is_member() -> bool:
+    """Whether this process belongs to a job that changes its executors in place."""
+    return bool(os.environ.get(WORLD_VARIABLE) and os.environ.get(MEMBER_VARIABLE))
+
+
 def next_world() -> World | None:
     """The world that this process enters instead of ending; None: it ends."""
-    file, member = os.environ.get(WORLD_VARIABLE), os.environ.get(MEMBER_VARIABLE)
-    if not file or not member:
+    if not is_member():
         return None
+    member = os.environ[MEMBER_VARIABLE]
     try:
-        raw = json.loads(Path(file).read_text())
+        raw = json.loads(Path(os.environ[WORLD_VARIABLE]).read_text())
     except FileNotFoundError:
         return None
     world = World(raw["generation"], tuple(raw["members"]), tuple(raw["types"]), raw["port"])

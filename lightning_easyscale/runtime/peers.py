@@ -14,6 +14,7 @@ import gc
 import hashlib
 import os
 import pickle
+import socket
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from .world import physical_world
 
 _connected: weakref.WeakSet[Peers] = weakref.WeakSet()
 
+_POLL_S = 0.02
 _HEADER_BYTES = 1024
 _ROOM = _HEADER_BYTES - 32
 _NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -295,6 +297,8 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
     elif size == 1:
         return Peers(0, 1)
     else:
+        if index > 0:
+            _await_listener(timeout)
         try:
             dist.init_process_group(backend, init_method="env://", rank=index, world_size=size, timeout=timeout)
         except dist.DistError as error:
@@ -313,6 +317,16 @@ def _connect(index: int, size: int, backend: str, timeout: timedelta) -> Peers:
     peers = Peers(index, size, control, data, c10d._get_default_store())
     _connected.add(peers)
     return peers
+
+
+def _await_listener(timeout: timedelta) -> None:
+    """Wait until somebody listens at the meeting point; torch's own client tries again less and less often."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    began = time.monotonic()
+    while time.monotonic() - began < timeout.total_seconds():
+        with suppress(OSError), socket.create_connection(address, timeout=1.0):
+            return
+        time.sleep(_POLL_S)
 
 
 def disconnect() -> None:

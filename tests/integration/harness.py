@@ -102,6 +102,7 @@ class Runs:
         config: dict[str, Any],
         stages: list[tuple[tuple[int, ...], int | None]],
         reduction: str = "auto",
+        **options: Any,
     ) -> Outcome:
         """Stages with a checkpoint and new processes between: (placement, micro-batch to stop after or None)."""
         joined = Outcome({}, {}, [], [])
@@ -109,7 +110,8 @@ class Runs:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             for number, (placement, stop_at) in enumerate(stages):
                 save = str(Path(folder) / f"{number}.ckpt") if stop_at is not None else None
-                part = self.easyscale(build, config, placement, reduction, stop_at=stop_at, save=save, resume=resume)
+                held = {"stop_at": stop_at, "save": save, "resume": resume, **options}
+                part = self.easyscale(build, config, placement, reduction, **held)
                 if part.error is not None:
                     raise RunFailedError(f"stage {number} on {placement}: {part.error['traceback']}")
                 for rank, values in part.notes.items():
