@@ -139,6 +139,7 @@ def main(spec: dict[str, Any]) -> None:
             num_ests=n,
             ests_per_executor=spec["split"],
             reduction=spec["reduction"],
+            overlap_backward=spec["overlap"],
             threads_per_est=2,
             process_group_backend=backend,
         )

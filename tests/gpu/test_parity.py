@@ -44,6 +44,7 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
         "model": None,
         "workload": None,
         "metrics": True,
+        "overlap": False,
         "devices": 1 if share else processes,
         "num_nodes": processes if share else 1,
         **spec,
@@ -86,6 +87,7 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
     common = {"n": 4, "model": model, "reduction": reduction, "metrics": False}
     reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
     assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[4], **common), reference)
+    assert_equal(run(tmp_path, "beside", processes=1, kind="easyscale", split=[4], overlap=True, **common), reference)
     # 4 -> 3 + 1 -> 1 + 3, handed over in mid-epoch.
     ckpt = str(tmp_path / "moved.ckpt")
     common["kind"] = "easyscale"
@@ -99,7 +101,9 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
 def test_mixed_precision_equals_stock(tmp_path, precision):
     common = {"n": 2, "model": "transformer", "precision": precision}
     reference = run(tmp_path, "reference", processes=2, kind="ddp", **common)
-    assert_equal(run(tmp_path, "ours", processes=1, kind="easyscale", split=[2], **common), reference)
+    for overlap in (False, True):
+        held = {"kind": "easyscale", "split": [2], "overlap": overlap}
+        assert_equal(run(tmp_path, f"ours {overlap}", processes=1, **held, **common), reference)
 
 
 @pytest.mark.gpu(2)
@@ -136,5 +140,6 @@ def test_two_ests_of_a_workload_equal_stock_over_nccl(tmp_path, tmp_path_factory
     directory = prepare(workload, tmp_path_factory.getbasetemp() / "workloads")
     common = {"n": 2, "workload": workload, "directory": str(directory), "backend": "nccl", "steps": 5}
     reference = run(tmp_path, "reference", processes=2, share=False, kind="ddp", digest_at=[1, 5], **common)
-    ours = run(tmp_path, "one", processes=1, kind="easyscale", split=[2], digest_at=[1, 5], **common)
-    assert_equal(ours, reference)
+    for overlap in (False, True):
+        held = {"kind": "easyscale", "split": [2], "digest_at": [1, 5], "overlap": overlap}
+        assert_equal(run(tmp_path, f"one {overlap}", processes=1, **held, **common), reference)
