@@ -13,7 +13,7 @@ from recipes.workloads.images import ImageFolder, random_crop
 
 pytest.importorskip("pandas")
 from recipes.workloads.ratings import Candidates, Pairs, Rated, Ratings, movielens_csv, random_ratings, split
-from recipes.workloads.scenes import VOC
+from recipes.workloads.scenes import VOC, PastedDigits
 
 
 def save_picture(file, size, colour):
@@ -173,6 +173,23 @@ def test_detection_loss_is_least_where_boxes_are_right_and_detection_finds_them(
     metric = AveragePrecision(3)
     metric.update(found, TRUTHS)
     assert float(metric.compute()) == pytest.approx(1.0)
+
+
+def test_pasted_digits_can_be_read():
+    pytest.importorskip("sklearn", reason="needs the extra `workloads`")
+    digits, labels = np.full((3, 28, 28), 255, dtype=np.uint8), np.arange(3)
+    fixed, drawn = (PastedDigits(digits, labels, image_size=64, length=9, fixed=fixed) for fixed in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(fixed[1], fixed[1], strict=True))
+    counts = set()
+    for image, rows in [*(fixed[i] for i in range(20)), *(drawn[i] for i in range(20))]:
+        boxes = rows[rows[:, 0] >= 0]
+        counts.add(len(boxes))
+        overlaps = yolov3.overlap(boxes[:, None, 1:], boxes[None, :, 1:])
+        assert torch.allclose(overlaps, torch.eye(len(boxes)), atol=1e-5)
+        for x, y in (64 * boxes[:, 1:3]).long().tolist():
+            assert torch.equal(image[:, y, x], fixed.white[:, 0, 0])
+    assert counts <= {1, 2, 3, 4}
+    assert len(counts) > 1
 
 
 def test_detector_learns_four_pictures_by_heart():
