@@ -65,7 +65,10 @@ class _Head(nn.Module):
             *(_Unit(inputs, width, 1), _Unit(width, 2 * width, 3), _Unit(2 * width, width, 1)),
             *(_Unit(width, 2 * width, 3), _Unit(2 * width, width, 1)),
         )
-        self.out = nn.Sequential(_Unit(width, 2 * width, 3), nn.Conv2d(2 * width, outputs, 1))
+        last = nn.Conv2d(2 * width, outputs, 1)
+        assert last.bias is not None
+        nn.init.constant_(last.bias.view(3, -1)[:, 4], -math.log(1 / _PRIOR - 1))
+        self.out = nn.Sequential(_Unit(width, 2 * width, 3), last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.body(x)
@@ -107,8 +110,6 @@ class YOLOv3(nn.Module):
             ]
         )
         self.laterals = nn.ModuleList([_Unit(c[4], c[3], 1), _Unit(c[3], c[2], 1)])
-        for head in self.heads:
-            nn.init.constant_(head.out[1].bias.view(3, -1)[:, 4], -math.log(1 / _PRIOR - 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """For each stride of `STRIDES`: batch x 3 x rows x columns x (5 + classes), before any sigmoid."""
