@@ -41,12 +41,8 @@ def build(workload: Mapping[str, Any], directory: Path) -> tuple[Detector, Loade
         root = Path(workload["path"])
         train = VOC(root, "train", image_size=size, augment=True)
         validation = VOC(root, "val", image_size=size, augment=False)
-    net = yolov3.YOLOv3(train.classes, **{**workload["net"], **_tuple(workload["net"], "depths")})
-    return Detector(net, image_size=size, lr=workload["lr"]), Loaders(train, validation, batch_size=batch_size)
-
-
-def _tuple(net: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {key: tuple(net[key])} if key in net else {}
+    net = yolov3.YOLOv3(train.classes, **workload["net"])
+    return Detector(net, lr=workload["lr"]), Loaders(train, validation, batch_size=batch_size)
 
 
 class Detector(pl.LightningModule):
@@ -54,29 +50,28 @@ class Detector(pl.LightningModule):
 
     Args:
         net: the network.
-        image_size: pixels along an edge.
         lr: learning rate.
     """
 
     metric = "val_average_precision"
     chance = 0.0
 
-    def __init__(self, net: yolov3.YOLOv3, *, image_size: int, lr: float) -> None:
+    def __init__(self, net: yolov3.YOLOv3, *, lr: float) -> None:
         super().__init__()
-        self.net, self.image_size, self.lr = net, image_size, lr
+        self.net, self.lr, self.shapes = net, lr, yolov3.shares(net.anchors)
         self.average_precision = AveragePrecision(net.classes)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
         images, truths = batch
-        return yolov3.loss(self.net(images), truths, self.image_size).total
+        return yolov3.loss(self.net(images), truths, self.shapes).total
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs loss and mean average precision over all ranks."""
         images, truths = batch
         outputs = self.net(images)
-        self.log("val_loss", yolov3.loss(outputs, truths, self.image_size).total, sync_dist=True)
-        self.average_precision.update(yolov3.detect(outputs, self.image_size), truths)
+        self.log("val_loss", yolov3.loss(outputs, truths, self.shapes).total, sync_dist=True)
+        self.average_precision.update(yolov3.detect(outputs, self.shapes), truths)
         self.log("val_average_precision", self.average_precision)
 
     def configure_optimizers(self) -> Any:

@@ -39,7 +39,7 @@ def photographs() -> Tensor:
 
 
 class PastedDigits(Dataset[tuple[Tensor, Tensor]]):
-    """One to four digits in random colours, sizes and places on a random part of a photograph.
+    """One to four white digits, none upon another, in random sizes and places on a random part of a photograph.
 
     Args:
         images: uint8, n x 28 x 28.
@@ -54,7 +54,7 @@ class PastedDigits(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, images: np.ndarray, labels: np.ndarray, *, image_size: int, length: int, fixed: bool) -> None:
         self.digits = torch.from_numpy(images).float().div_(255)
         self.labels = torch.from_numpy(labels)
-        self.photographs = photographs()
+        self.photographs, self.white = photographs(), normalised(np.full((1, 1, 3), 255, dtype=np.uint8))
         self.image_size, self.length, self.fixed = image_size, length, fixed
 
     def __len__(self) -> int:
@@ -75,18 +75,22 @@ class PastedDigits(Dataset[tuple[Tensor, Tensor]]):
         part = photograph[None, :, top : top + edge, left : left + edge]
         image = functional.interpolate(part, (size, size), mode="bilinear")[0]
         boxes = torch.full((most, 5), -1.0)
-        for number in range(draw(1, most + 1)):
+        free, number = torch.ones(size, size, dtype=torch.bool), 0
+        for _ in range(draw(4, 12)):
             which, pixels = draw(0, len(self.labels)), draw(size // 5, size // 2)
             x, y = draw(0, size - pixels + 1), draw(0, size - pixels + 1)
+            if number == most or not free[y : y + pixels, x : x + pixels].all():
+                continue  # digits on top of each other cannot be read
+            free[y : y + pixels, x : x + pixels] = False
             ink = functional.interpolate(self.digits[which][None, None], (pixels, pixels), mode="bilinear")[0, 0]
-            colour = 4 * torch.rand(3, generator=generator) - 2
             place = image[:, y : y + pixels, x : x + pixels]
-            place.copy_(place * (1 - ink) + colour[:, None, None] * ink)
+            place.copy_(place * (1 - ink) + self.white * ink)
             rows, columns = (ink.amax(dim) > 0.2 for dim in (1, 0))
             first, last = (int(rows.nonzero()[i]) for i in (0, -1))
             start, end = (int(columns.nonzero()[i]) for i in (0, -1))
             box = [x + (start + end + 1) / 2, y + (first + last + 1) / 2, end + 1 - start, last + 1 - first]
             boxes[number] = torch.tensor([float(self.labels[which]), *(value / size for value in box)])
+            number += 1
         return image, boxes
 
 

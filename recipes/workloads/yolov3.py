@@ -7,21 +7,33 @@ operation here lacks a deterministic kernel on CUDA: the upsampling repeats pixe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-# Width and height in pixels at 416 x 416, as published for COCO; smallest first.
-_ANCHORS = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
+ANCHORS = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
+"""Width and height in pixels at 416 x 416, as published for COCO; smallest first."""
+
 STRIDES = (32, 16, 8)
 _IGNORE_ABOVE = 0.5  # a prediction that overlaps an object more than this is not told that there is none
+# Probability of an object at the start: nearly all cells are empty, and from 0.5 their sum would hide all else from the
+# optimizer for hundreds of steps (Lin et al. 2017, arXiv 1708.02002, section 4.1).
+_PRIOR = 0.01
 
 
-def anchors(image_size: int) -> Tensor:
-    """Width and height in pixels, for each stride its three: 3 x 3 x 2, scaled from 416 pixels."""
-    return torch.tensor(_ANCHORS).view(3, 3, 2).flip(0) * (image_size / 416)
+def shares(anchors: Sequence[Sequence[float]] = ANCHORS) -> Tensor:
+    """Width and height of nine anchors at 416 x 416 as shares of the image, for each stride its three: 3 x 3 x 2.
+
+    Raises:
+        ValueError: if they are not nine pairs.
+    """
+    if len(anchors) != 9 or any(len(pair) != 2 for pair in anchors):
+        raise ValueError(f"`workload.net.anchors={anchors}` must be nine pairs of width and height, smallest first.")
+    return torch.tensor(anchors).view(3, 3, 2).flip(0) / 416
 
 
 class _Unit(nn.Sequential):
@@ -53,7 +65,10 @@ class _Head(nn.Module):
             *(_Unit(inputs, width, 1), _Unit(width, 2 * width, 3), _Unit(2 * width, width, 1)),
             *(_Unit(width, 2 * width, 3), _Unit(2 * width, width, 1)),
         )
-        self.out = nn.Sequential(_Unit(width, 2 * width, 3), nn.Conv2d(2 * width, outputs, 1))
+        last = nn.Conv2d(2 * width, outputs, 1)
+        assert last.bias is not None
+        nn.init.constant_(last.bias.view(3, -1)[:, 4], -math.log(1 / _PRIOR - 1))
+        self.out = nn.Sequential(_Unit(width, 2 * width, 3), last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.body(x)
@@ -67,11 +82,19 @@ class YOLOv3(nn.Module):
         classes: number of classes.
         width: factor of the number of channels; 1 is the published network.
         depths: residual blocks after each halving; the default is Darknet-53.
+        anchors: width and height in pixels at 416 x 416, smallest first: three each for strides 8, 16 and 32.
     """
 
-    def __init__(self, classes: int, *, width: float = 1.0, depths: tuple[int, ...] = (1, 2, 8, 8, 4)) -> None:
+    def __init__(
+        self,
+        classes: int,
+        *,
+        width: float = 1.0,
+        depths: Sequence[int] = (1, 2, 8, 8, 4),
+        anchors: Sequence[Sequence[float]] = ANCHORS,
+    ) -> None:
         super().__init__()
-        self.classes = classes
+        self.classes, self.anchors = classes, anchors
         c = [int(width * channels) for channels in (32, 64, 128, 256, 512, 1024)]
         self.stem = _Unit(3, c[0], 3)
         self.stages = nn.ModuleList(
@@ -125,7 +148,7 @@ class Loss:
         return self.box + self.objectness + self.classes
 
 
-def loss(outputs: list[Tensor], truths: Tensor, image_size: int) -> Loss:
+def loss(outputs: list[Tensor], truths: Tensor, shapes: Tensor) -> Loss:
     """The three-scale detection loss.
 
     Every object belongs to the anchor, of all nine, whose shape overlaps it most, in the cell of its centre. There the
@@ -136,10 +159,10 @@ def loss(outputs: list[Tensor], truths: Tensor, image_size: int) -> Loss:
     Args:
         outputs: of the network.
         truths: batch x objects x 5: class, centre x, centre y, width, height as shares of the image; class -1 fills up.
-        image_size: pixels along an edge.
+        shapes: the anchors, as `shares` gives them.
     """
     batch, classes = len(truths), outputs[0].shape[-1] - 5
-    shapes = anchors(image_size).to(truths.device) / image_size
+    shapes = shapes.to(truths.device)
     there = truths[..., 0] >= 0
     image, number = there.nonzero(as_tuple=True)
     objects = truths[image, number]
@@ -200,16 +223,16 @@ def _shape_overlap(a: Tensor, b: Tensor) -> Tensor:
     return common / (a.prod(-1) + b.prod(-1) - common).clamp_min(1e-12)
 
 
-def detect(outputs: list[Tensor], image_size: int, *, above: float = 0.05, most: int = 50) -> list[Tensor]:
+def detect(outputs: list[Tensor], shapes: Tensor, *, above: float = 0.05, most: int = 50) -> list[Tensor]:
     """Boxes found in each image: found x 6, class, score, centre x and y, width, height; best first.
 
     Args:
         outputs: of the network.
-        image_size: pixels along an edge.
+        shapes: the anchors, as `shares` gives them.
         above: least score, objectness times probability of the class.
         most: boxes of an image.
     """
-    shapes = anchors(image_size).to(outputs[0].device) / image_size
+    shapes = shapes.to(outputs[0].device)
     boxes = torch.cat([decode(out, shapes[i]).flatten(1, 3) for i, out in enumerate(outputs)], 1).cpu()
     flat = torch.cat([out.flatten(1, 3) for out in outputs], 1).sigmoid().cpu()
     scores, labels = (flat[..., 4:5] * flat[..., 5:]).max(2)

@@ -13,7 +13,7 @@ from recipes.workloads.images import ImageFolder, random_crop
 
 pytest.importorskip("pandas")
 from recipes.workloads.ratings import Candidates, Pairs, Rated, Ratings, movielens_csv, random_ratings, split
-from recipes.workloads.scenes import VOC
+from recipes.workloads.scenes import VOC, PastedDigits
 
 
 def save_picture(file, size, colour):
@@ -133,7 +133,7 @@ def test_a_user_who_rated_everything_gets_some_item():
 
 def perfect_outputs(truths, image_size, classes):
     """Outputs that say exactly what ``truths`` say: the loss's own assignment, written the other way round."""
-    shapes = yolov3.anchors(image_size) / image_size
+    shapes = yolov3.shares()
     outputs = []
     for stride in yolov3.STRIDES:
         out = torch.full((len(truths), 3, image_size // stride, image_size // stride, 5 + classes), -20.0)
@@ -157,16 +157,16 @@ TRUTHS = torch.tensor([[[2, 0.31, 0.62, 0.5, 0.4], [0, 0.71, 0.22, 0.08, 0.1]], 
 
 def test_detection_loss_is_least_where_boxes_are_right_and_detection_finds_them():
     outputs = perfect_outputs(TRUTHS, 128, classes=3)
-    right = yolov3.loss(outputs, TRUTHS, 128)
+    right = yolov3.loss(outputs, TRUTHS, yolov3.shares())
     assert right.objectness < 1e-4
     assert right.classes < 1e-4
     wrong = TRUTHS.clone()
     wrong[0, 0, 1] = 0.33  # in the same cell
-    assert yolov3.loss(outputs, wrong, 128).box > right.box
+    assert yolov3.loss(outputs, wrong, yolov3.shares()).box > right.box
     wrong = TRUTHS.clone()
     wrong[1, 0, 0] = 2
-    assert yolov3.loss(outputs, wrong, 128).classes > 10
-    found = yolov3.detect(outputs, 128)
+    assert yolov3.loss(outputs, wrong, yolov3.shares()).classes > 10
+    found = yolov3.detect(outputs, yolov3.shares())
     assert [len(rows) for rows in found] == [2, 1]
     best = {int(row[0]): row[2:].tolist() for row in found[0]}
     assert best[2] == pytest.approx([0.31, 0.62, 0.5, 0.4], abs=1e-4)
@@ -175,9 +175,59 @@ def test_detection_loss_is_least_where_boxes_are_right_and_detection_finds_them(
     assert float(metric.compute()) == pytest.approx(1.0)
 
 
+def test_pasted_digits_can_be_read():
+    pytest.importorskip("sklearn", reason="needs the extra `workloads`")
+    digits, labels = np.full((3, 28, 28), 255, dtype=np.uint8), np.arange(3)
+    fixed, drawn = (PastedDigits(digits, labels, image_size=64, length=9, fixed=fixed) for fixed in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(fixed[1], fixed[1], strict=True))
+    counts = set()
+    for image, rows in [*(fixed[i] for i in range(20)), *(drawn[i] for i in range(20))]:
+        boxes = rows[rows[:, 0] >= 0]
+        counts.add(len(boxes))
+        overlaps = yolov3.overlap(boxes[:, None, 1:], boxes[None, :, 1:])
+        assert torch.allclose(overlaps, torch.eye(len(boxes)), atol=1e-5)
+        for x, y in (64 * boxes[:, 1:3]).long().tolist():
+            assert torch.equal(image[:, y, x], fixed.white[:, 0, 0])
+    assert counts <= {1, 2, 3, 4}
+    assert len(counts) > 1
+
+
+def test_detector_learns_four_pictures_by_heart():
+    torch.manual_seed(0)
+    images, mirrored = torch.randn(4, 3, 64, 64), TRUTHS.clone()
+    mirrored[..., 1] = 1 - mirrored[..., 1]
+    truths = torch.cat([TRUTHS, mirrored])
+    net = yolov3.YOLOv3(3, width=0.125, depths=(1, 1, 1, 1, 1))
+    shapes = yolov3.shares(net.anchors)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.004)
+    for _ in range(60):
+        optimizer.zero_grad()
+        yolov3.loss(net(images), truths, shapes).total.backward()
+        optimizer.step()
+    net.eval()
+    metric = AveragePrecision(3)
+    with torch.no_grad():
+        metric.update(yolov3.detect(net(images), shapes), truths)
+    assert float(metric.compute()) > 0.9
+
+
+def test_detector_starts_with_few_objects():
+    net = yolov3.YOLOv3(3, width=0.125, depths=(1, 1, 1, 1, 1))
+    with torch.no_grad():
+        outputs = net(torch.randn(2, 3, 64, 64))
+    assert torch.cat([out[..., 4].sigmoid().flatten() for out in outputs]).mean() == pytest.approx(0.01, rel=0.5)
+    assert torch.cat([out[..., 5:].sigmoid().flatten() for out in outputs]).mean() > 0.3
+
+
+def test_anchors_are_given_to_strides_by_size():
+    assert yolov3.shares()[0] == pytest.approx(torch.tensor([[116, 90], [156, 198], [373, 326]]) / 416)
+    with pytest.raises(ValueError, match="nine pairs"):
+        yolov3.shares([[10, 13]] * 8)
+
+
 def test_detection_loss_without_an_object_has_gradients():
     outputs = [out.requires_grad_() for out in perfect_outputs(TRUTHS, 64, classes=3)]
-    yolov3.loss(outputs, torch.full((2, 2, 5), -1.0), 64).total.backward()
+    yolov3.loss(outputs, torch.full((2, 2, 5), -1.0), yolov3.shares()).total.backward()
     assert all(out.grad is not None and out.grad.isfinite().all() for out in outputs)
 
 

@@ -15,7 +15,7 @@ import recipes.accuracy_consistency  # noqa: F401  registers the schema
 from recipes.learn import has_learned, table, write
 from recipes.workloads import TASKS, build, classification, prepare, question_answering
 from recipes.workloads.recommendation import NeuMF
-from recipes.workloads.yolov3 import YOLOv3
+from recipes.workloads.yolov3 import YOLOv3, shares
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["mnist_conv", "shufflenetv2", "resnet50", "vgg19", "swin", "yolov3", "neumf", "bert", "electra"]
@@ -138,8 +138,11 @@ def test_own_nets_have_the_published_sizes():
     with torch.device("meta"):
         assert parameters(YOLOv3(80)) == 61_949_149
         assert parameters(YOLOv3(20)) == 61_626_049
+        full = YOLOv3(20, **configure("yolov3_full")["net"])
         assert parameters(NeuMF(943, 1682)) == 107_761
         assert parameters(NeuMF(large.pop("users"), large.pop("items"), **large)) == 31_832_577
+    assert parameters(full) == 61_626_049
+    assert torch.equal(shares(full.anchors), shares())
 
 
 @pytest.mark.parametrize(
