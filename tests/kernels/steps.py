@@ -29,10 +29,8 @@ def pool() -> tuple[str, str]:
     return "cpu", found.name if found.kind == "cuda" else "h200"
 
 
-def train(
-    workload: dict[str, Any], folder: Path, record: Path, *, accelerator: str = "cpu", steps: int = STEPS
-) -> Path:
-    """Train, validate in the middle and at the end; returns the record, with the state at some steps."""
+def train(workload: dict[str, Any], folder: str, record: str, accelerator: str, steps: int) -> None:
+    """Train, validate in the middle and at the end, and record all losses and the state at some steps."""
     record_run = RunRecord(record, digest_at=(1, 2, steps // 2))  # and the last
     pl.seed_everything(1, verbose=False)
     with portable():  # torch draws other initial weights on a CPU without AVX2
@@ -55,17 +53,19 @@ def train(
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == steps
     assert all(torch.isfinite(p).all() for p in module.parameters())
-    return record
 
 
 def train_on(device_type: str, workload: dict[str, Any], folder: Path, record: Path, *, steps: int = STEPS) -> Path:
-    """`train` in a process of its own that runs as an emulated type of the CPU."""
+    """`train` in a process of its own, on a GPU (``"gpu"``) or as an emulated type of the CPU."""
+    accelerator, environment = "cuda", {}
+    if device_type != "gpu":
+        accelerator, environment = "cpu", environment_of(device_type, emulate=True)
     file = record.with_suffix(".json")
-    file.write_text(json.dumps([workload, str(folder), str(record), steps]))
+    file.write_text(json.dumps([workload, str(folder), str(record), accelerator, steps]))
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.steps", str(file)],
         cwd=ROOT,
-        env=apply_environment(environment_of(device_type, emulate=True)),
+        env=apply_environment(environment),
         capture_output=True,
         text=True,
         timeout=600,
@@ -76,5 +76,4 @@ def train_on(device_type: str, workload: dict[str, Any], folder: Path, record: P
 
 
 if __name__ == "__main__":
-    given, *paths, number = json.loads(Path(sys.argv[1]).read_text())
-    train(given, *map(Path, paths), steps=number)
+    train(*json.loads(Path(sys.argv[1]).read_text()))
