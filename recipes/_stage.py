@@ -151,16 +151,15 @@ def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
     from lightning.pytorch.strategies import DDPStrategy
 
     from lightning_easyscale.callbacks import DeterminismCallback
-    from lightning_easyscale.devices import detect, device_type
+    from lightning_easyscale.devices import device_type
 
     heterogeneous = spec.level.endswith("d2")
     name = spec.devices.partition(":")[0]
-    kind, here = device_type(name, emulate=spec.emulate).kind, 1 if spec.hosts else spec.num_ests
-    gpus = [index for index, found in enumerate(detect()) if found.name == name]
+    kind, devices = device_type(name, emulate=spec.emulate).kind, 1 if spec.hosts else spec.num_ests
     return {
         "strategy": DDPStrategy(process_group_backend=spec.process_group_backend, start_method=spec.start_method),
         "accelerator": kind,
-        "devices": gpus[:here] if kind == "cuda" else here,
+        "devices": _gpus(name)[:devices] if kind == "cuda" else devices,
         "num_nodes": max(len(spec.hosts), 1),
         "callbacks": [
             DeterminismCallback(
@@ -168,6 +167,13 @@ def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
             )
         ],
     }
+
+
+def _gpus(name: str) -> list[int]:
+    """Where the GPUs of a type are."""
+    from lightning_easyscale.devices import detect
+
+    return [index for index, found in enumerate(detect()) if found.name == name]
 
 
 def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
