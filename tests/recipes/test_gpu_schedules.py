@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ import torch
 pytest.importorskip("hydra")
 from rich.console import Console
 
+from lightning_easyscale.compare import compare
 from lightning_easyscale.kernels import FORMAT_VERSION, build
 from recipes._config import ConfigError, check, name_gpu
-from recipes._runs import _commands
+from recipes._runs import _commands, execute
 from recipes._stage import _reference_arguments
 from recipes.accuracy_consistency import environments_of, plan, run
+from recipes.workloads import prepare
 
 from ..test_devices import H100, V100, use_gpus
 from .test_accuracy_consistency import configure
@@ -93,3 +97,24 @@ def test_executors_of_two_cpu_types_equal_stock_ddp_under_the_policy_of_gpus(tmp
     assert json.loads((tmp_path / "report.json").read_text())["equal"] == {"d1+d2": {"stage_0": True}}
     saved = torch.load(tmp_path / "checkpoints" / "d1+d2" / "stage_0.ckpt", weights_only=True)
     assert saved["easyscale"]["job"]["kernels"] == f"portable {FORMAT_VERSION}"
+
+
+@pytest.mark.matrix
+def test_workers_that_stand_for_hosts_are_the_same_reference(tmp_path):
+    """On a GPU they have to, to share it."""
+    pytest.importorskip("mlxtend")
+    stages = "schedule.stages=[{devices: {cpu: 2}, steps: 2}]"
+    conf = configure("schedule=smoke", stages, "determinism=d1", "emulate=false", "workload.batch_size=8")
+    usual = plan(conf, check(conf), tmp_path, prepare(vars(conf.workload), tmp_path / "data"))[0]
+    names = {"record": str(tmp_path / "hosts"), "save": str(tmp_path / "checkpoints" / "hosts" / "end.ckpt")}
+    hosts = replace(usual, hosts=("cpu:1", "cpu:1"), **names)
+    for spec in (usual, hosts):
+        execute(
+            spec,
+            log=tmp_path / f"{len(spec.hosts)}.log",
+            environments=environments_of(spec),
+            timeout_s=200.0,
+            progress=lambda done: None,
+            stop=threading.Event(),
+        )
+    assert compare(hosts.record, usual.record) is None
