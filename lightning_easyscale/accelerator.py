@@ -169,19 +169,26 @@ class EasyScaleAccelerator(Accelerator):
         """Names each executor's type in the log, and warns of types in use that cannot be told apart.
 
         Raises:
-            RuntimeError: if the Trainer's strategy, being none of ours, runs a process without its type's environment.
+            RuntimeError: if the Trainer's strategy, being none of ours, mixes CPUs and GPUs or runs a process without
+                its type's environment.
         """
         devices = getattr(trainer.strategy, "parallel_devices", None) or requested_devices(trainer)
         self.device_types = device_types_of(devices)
-        if devices[0].type == "cuda" and trainer.strategy.root_device.type == "cpu":
+        ours, own = getattr(trainer.strategy, "applies_device_types", False), trainer.strategy.root_device
+        if not ours and len({device.type for device in devices}) > 1:
+            raise RuntimeError(
+                f"`devices={[found.name for found in self.device_types]}` mixes GPUs and CPUs, which `strategy="
+                f"{type(trainer.strategy).__name__}` cannot bring together. HINT: use `strategy='easyscale'`."
+            )
+        if not ours and devices[0].type == "cuda" and own.type == "cpu":
             raise RuntimeError(
                 "`accelerator='easyscale'` was given GPUs, but Lightning chose its single-device strategy for the CPU,"
                 " because it does not know the accelerator's name. HINT: pass `accelerator=EasyScaleAccelerator()`, or"
                 " `strategy='easyscale'`."
             )
-        _stock(devices[0]).setup(trainer)
-        _mix_precision_on_cpu(trainer, devices[0])
-        if not getattr(trainer.strategy, "applies_device_types", False):
+        _stock(own).setup(trainer)
+        _mix_precision_on_cpu(trainer, own)
+        if not ours:
             _check_own_environment(trainer, self.device_types)
         executors = ", ".join(f"{i}: {found}" for i, found in enumerate(self.device_types))
         rank_zero_info(f"Device types of the executors: {executors}")

@@ -116,3 +116,19 @@ def refuse_in_pytorch_lightning(names: tuple[str, ...]) -> None:
 
     for name in names:
         old.StrategyRegistry.register(name, refuse, description="Needs lightning.pytorch", override=True)
+
+
+def check_arguments(num_ests: Any, reduction: Any, threads: Any, offload: Any) -> None:
+    """Refuse arguments of the strategy that cannot be honoured.
+
+    Raises:
+        ValueError: with the value and the cure.
+    """
+    if num_ests is not None and num_ests < 1:
+        raise ValueError(f"`num_ests={num_ests}` is not a number of workers. HINT: give at least 1.")
+    if reduction not in ("auto", "ddp", "tree"):
+        raise ValueError(f"`reduction={reduction!r}` is unknown. HINT: choose 'auto', 'ddp' or 'tree'.")
+    if threads is not None and threads < 1:
+        raise ValueError(f"`threads_per_est={threads}` is not a number of threads. HINT: give at least 1.")
+    if offload not in (None, "host"):
+        raise ValueError(f"`gradient_offload={offload!r}` is unknown. HINT: choose None or 'host'.")

@@ -44,6 +44,7 @@ __all__ = [
     "cpu_identity",
     "detect",
     "device_type",
+    "has_cpu",
     "emulation_requested",
     "ensure_environment",
     "environment_in_force",
@@ -210,6 +211,17 @@ def d2_policy(pool: Sequence[str], *, emulate: bool | None = None) -> Literal["p
     return "portable" if elsewhere or "cuda" in kinds else "pinned"
 
 
+def has_cpu(pool: Sequence[str], *, emulate: bool | None = None) -> bool:
+    """Whether a type of the pool is the CPU or emulated on it.
+
+    Args:
+        pool: names of all types the job may ever use.
+        emulate: as in `device_type`.
+    """
+    emulated = EMULATED_TYPES if emulation_requested(emulate) else ()
+    return any(name == "cpu" or name in emulated for name in pool)
+
+
 def pinned_environment(pool: Sequence[str], *, emulate: bool | None = None) -> dict[str, str]:
     """The `pinned` D2 policy: one environment for every executor and stage of a job that may use the types of `pool`.
 
@@ -309,18 +321,12 @@ def _own_devices(count: int, devices: Any, emulate: bool | None) -> list[str]:
 
 
 def _check_enough(names: Sequence[str], devices: Any, emulate: bool | None) -> None:
-    """Refuses more devices of a CUDA type than there are, and CUDA devices mixed with CPU ones."""
-    kinds = {name: device_type(name, emulate=emulate).kind for name in dict.fromkeys(names)}
-    if set(kinds.values()) == {"cpu"}:
-        return
-    if set(kinds.values()) != {"cuda"}:
-        raise ValueError(
-            f"`devices={devices!r}` mixes CUDA devices and CPU ones:"
-            f" {', '.join(f'{name} is {kind}' for name, kind in kinds.items())}."
-            " HINT: use one kind per job."
-        )
-    present = Counter(t.name for t in detect())
-    for name, count in Counter(names).items():
+    """Refuses more devices of a CUDA type than there are."""
+    asked = Counter(names)
+    cuda = [name for name in asked if device_type(name, emulate=emulate).kind == "cuda"]
+    present = Counter(t.name for t in detect()) if cuda else asked
+    for name in cuda:
+        count = asked[name]
         if count > present[name]:
             raise ValueError(
                 f"`devices={devices!r}` asks for {count} devices of type {name}, and this machine has {present[name]}."

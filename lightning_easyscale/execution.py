@@ -44,7 +44,7 @@ class Execution:
 
     Args:
         strategy: the lead's strategy.
-        backend: between executors; None: NCCL on CUDA, gloo on CPU.
+        backend: between executors; None: gloo where the job uses CPUs, else NCCL.
         allow_operations: what D2's `portable` policy lets pass besides the operations it knows.
     """
 
@@ -115,7 +115,7 @@ class Execution:
     def _form(self, trainer: Trainer) -> Session:
         """Connect the executors of this world."""
         strategy = self._strategy
-        backend = self._backend or ("nccl" if strategy.root_device.type == "cuda" else "gloo")
+        backend = self._backend or ("gloo" if strategy.uses_cpus else "nccl")
         os.environ.setdefault("MASTER_ADDR", strategy.virtual_environment.main_address)
         os.environ.setdefault("MASTER_PORT", str(strategy.virtual_environment.main_port))
         timeout = strategy.timeout or default_pg_timeout

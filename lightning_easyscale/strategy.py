@@ -25,8 +25,8 @@ from .accelerator import device_types_of, devices_for_workers
 from .checkpoint import JobIdentity
 from .checkpoint_strategy import CheckpointStrategy
 from .checkpointing import Checkpointing
-from .compatibility import check_trainer, refuse_in_pytorch_lightning
-from .devices import DeviceType, d2_policy, pinned_environment
+from .compatibility import check_arguments, check_trainer, refuse_in_pytorch_lightning
+from .devices import DeviceType, d2_policy, has_cpu, pinned_environment
 from .elastic.events import EVENTS_VARIABLE, report, report_step
 from .environment import ensure_environment
 from .execution import Execution
@@ -44,8 +44,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         num_ests: N, the number of logical workers; default: the environment variable ``EASYSCALE_NUM_ESTS``, else the
             number of devices. Must be given under torchrun.
         determinism: ``"D0"``, ``"D1"``, ``"D0+D2"`` or ``"D1+D2"`` (``"D2"`` means the last).
-        reduction: order of gradient sums: ``"ddp"`` (gloo's), ``"tree"``, or ``"auto"``: ``"ddp"`` on CPU or for two
-            ESTs, else ``"tree"``.
+        reduction: order of gradient sums: ``"ddp"`` (gloo's), ``"tree"``, or ``"auto"``: ``"ddp"`` for two ESTs and for
+            jobs that use CPUs (as a device here or, under D2, in the pool), else ``"tree"``.
         pool: device types the job may ever use (D2); default: the types of the first placement.
         threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``.
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
@@ -55,7 +55,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             ``tree`` order, else gradients.
         overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
             Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
-        process_group_backend: backend between executors; default: NCCL on CUDA, gloo on CPU.
+        process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         find_unused_parameters: as in `torch.nn.parallel.DistributedDataParallel`, and so the next four.
@@ -122,7 +122,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             start_method=start_method,
             ddp_options=options,
         )
-        self._check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
+        check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
         self.level = det.Level.parse(determinism)
         self._num_ests = num_ests
         self._has_stepped = False
@@ -138,17 +138,6 @@ class EasyScaleStrategy(CheckpointStrategy):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"
-
-    @staticmethod
-    def _check_arguments(num_ests: Any, reduction: Any, threads: Any, offload: Any) -> None:
-        if num_ests is not None and num_ests < 1:
-            raise ValueError(f"`num_ests={num_ests}` is not a number of workers. HINT: give at least 1.")
-        if reduction not in ("auto", "ddp", "tree"):
-            raise ValueError(f"`reduction={reduction!r}` is unknown. HINT: choose 'auto', 'ddp' or 'tree'.")
-        if threads is not None and threads < 1:
-            raise ValueError(f"`threads_per_est={threads}` is not a number of threads. HINT: give at least 1.")
-        if offload not in (None, "host"):
-            raise ValueError(f"`gradient_offload={offload!r}` is unknown. HINT: choose None or 'host'.")
 
     # -- who and where -------------------------------------------------------------------------------------------
     @property
@@ -193,7 +182,13 @@ class EasyScaleStrategy(CheckpointStrategy):
     @property
     def virtual_backend(self) -> str:
         """The backend that the reference run reports."""
-        return "nccl" if self.root_device.type == "cuda" and self.resolved_reduction == "native" else "gloo"
+        return "gloo" if self.uses_cpus or self.resolved_reduction != "native" else "nccl"
+
+    @property
+    def uses_cpus(self) -> bool:
+        """Whether an executor may be a CPU, now or (D2) in another stage: then GPUs communicate as CPUs do."""
+        here = any(found.kind == "cpu" for found in self.device_types)
+        return has_cpu(self.pool, emulate=self._emulate) if self.policy == "portable" else here
 
     @property
     def resolved_reduction(self) -> str:
@@ -202,7 +197,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             return "native"
         if self._reduction != "auto":
             return self._reduction
-        return "ddp" if self.root_device.type == "cpu" or self.num_ests == 2 else "tree"
+        return "ddp" if self.uses_cpus or self.num_ests == 2 else "tree"
 
     @property
     def threads_per_est(self) -> int:
@@ -223,13 +218,16 @@ class EasyScaleStrategy(CheckpointStrategy):
     @cached_property
     def policy(self) -> str:
         """How D2 is kept, ``"pinned"`` or ``"portable"``."""
-        emulated = any(t.emulated for t in self.device_types)
-        return d2_policy(self.pool, emulate=emulated or None) if self.level.heterogeneous else "pinned"
+        return d2_policy(self.pool, emulate=self._emulate) if self.level.heterogeneous else "pinned"
+
+    @property
+    def _emulate(self) -> bool | None:
+        """Whether the pool's names may be emulated types: where one is here, else as the variable says."""
+        return any(t.emulated for t in self.device_types) or None
 
     @cached_property
     def type_environments(self) -> dict[int, dict[str, str]]:
         """The environment that each executor of this host has to start with."""
-        emulated = any(t.emulated for t in self.device_types)
         if self.level.heterogeneous:
             # The executors of a portable job keep their own instruction sets.
             outside = sorted({t.name for t in self.device_types} - set(self.pool))
@@ -239,7 +237,7 @@ class EasyScaleStrategy(CheckpointStrategy):
                     " promises equal bits. HINT: run on types of the pool; a job's pool never grows."
                 )
             if self.policy == "pinned":
-                pinned = pinned_environment(self.pool, emulate=emulated or None)
+                pinned = pinned_environment(self.pool, emulate=self._emulate)
                 return dict.fromkeys(self.topology.local_executors, pinned)
         types, local = self.device_types, self.topology.local_executors
         return {e: dict(types[min(e - local[0], len(types) - 1)].environment) for e in local}

@@ -12,9 +12,11 @@ from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads the
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from lightning_easyscale.devices import detect
 from lightning_easyscale.planning import plan
 
 LEVELS = ("d0", "d1", "d0+d2", "d1+d2")
+GPU = "gpu"
 
 
 class ConfigError(ValueError):
@@ -26,7 +28,7 @@ class StageConf:
     """One span of steps under one placement.
 
     Args:
-        devices: device type -> how many of it, in executor order.
+        devices: device type -> how many of it, in executor order; ``gpu`` is the type of this machine's first GPU.
         steps: optimizer steps of this stage.
         ests_per_device: device type -> ESTs on each device of it; default: what the planner finds from `step_seconds`.
         step_seconds: device type -> seconds of one EST's step, for this stage; default: the schedule's.
@@ -132,9 +134,11 @@ class AccuracyConsistencyConf:
         experiment: group; sets others, holds nothing.
         seed: of ``seed_everything`` in every run.
         emulate: whether device types are emulated on the CPU.
+        pool: device types that the job may ever use, for D2; default: those of the stages. With a GPU in it, which need
+            not be here, D2 has the policy ``portable``.
         threads_per_est: CPU threads of an EST and of a reference worker; default ``max(1, cpu_count // num_ests)``.
-        reduction: order of gradient reduction, ``auto``, ``ddp`` or ``tree``.
-        process_group_backend: of reference and executors; default the device's own.
+        reduction: order of gradient reduction, ``auto``, ``ddp`` or ``tree``; with GPUs ``auto`` is ``ddp``.
+        process_group_backend: of reference and executors; default: gloo.
         plot_only: draw figure and table again from what is in ``hydra.run.dir``.
         force: run again what is there already.
         jobs: configurations that are run at a time.
@@ -148,6 +152,7 @@ class AccuracyConsistencyConf:
     experiment: Optional[str] = None  # noqa: UP045
     seed: int = 1
     emulate: bool = True
+    pool: Optional[List[str]] = None  # noqa: UP006, UP045
     threads_per_est: Optional[int] = None  # noqa: UP045
     reduction: str = "auto"
     process_group_backend: Optional[str] = None  # noqa: UP045
@@ -193,6 +198,25 @@ class Stage:
         return " + ".join(f"{count} {name}" for name, count in self.devices.items())
 
 
+def name_gpu(conf: AccuracyConsistencyConf) -> None:
+    """Replace ``gpu`` in the schedule by the type of this machine's first GPU.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    schedule = conf.schedule
+    stages = [counts for s in schedule.stages for counts in (s.devices, s.ests_per_device, s.step_seconds)]
+    hosts = [counts for stage in schedule.stages for counts in stage.hosts or ()]
+    for counts in (*stages, *hosts, schedule.step_seconds, schedule.max_ests):
+        if counts is not None and GPU in counts:
+            first = detect()[0]
+            if first.kind != "cuda":
+                raise ConfigError(f"The schedule has a `{GPU}`, and this machine has none. HINT: choose another.")
+            plain: dict[str, Any] = {first.name if name == GPU else name: value for name, value in counts.items()}
+            counts.clear()
+            counts.update(plain)
+
+
 def check(conf: AccuracyConsistencyConf) -> list[Stage]:
     """The stages of a configuration.
 
@@ -218,6 +242,9 @@ def check(conf: AccuracyConsistencyConf) -> list[Stage]:
         if end > done:
             stages.append(Stage(index, dict(stage.devices), ests, done, end, _hosts(stage, index)))
         done = end
+    outside = {name for stage in stages for name in stage.devices}.difference(conf.pool or ()) if conf.pool else ()
+    if outside:
+        raise ConfigError(f"`pool={conf.pool}` lacks {sorted(outside)[0]!r} of the stages. HINT: a pool never grows.")
     if conf.trainer.max_steps is not None and done < conf.trainer.max_steps:
         raise ConfigError(
             f"`trainer.max_steps={conf.trainer.max_steps}` goes past the schedule's {done} steps."

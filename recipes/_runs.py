@@ -81,8 +81,10 @@ def execute(
     with log.open("wb") as out:
         # sessions of their own, so that all processes of a run can be ended together
         processes = [
-            subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-            for command, environment in zip(_commands(spec, file), environments, strict=True)
+            subprocess.Popen(
+                command, env={**environment, **place}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            for (command, place), environment in zip(_commands(spec, file), environments, strict=True)
         ]
         try:
             steps = _StepCounter(est_file(spec.record, 0))
@@ -108,17 +110,23 @@ def execute(
     return time.monotonic() - began
 
 
-def _commands(spec: RunSpec, file: Path) -> list[list[str]]:
-    """One command per host: torchrun agents that stand for hosts, or on one host the script itself."""
+def _commands(spec: RunSpec, file: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """One command per host, and what else its environment has to say.
+
+    On one host the script itself; of several, torchrun agents stand for each, or a worker of a reference does.
+    """
     worker = ["-m", f"{__package__}._stage", str(file)]
     if not spec.hosts:
-        return [[sys.executable, *worker]]
+        return [([sys.executable, *worker], {})]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    if spec.kind == "reference":
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
+        return [([sys.executable, *worker], {**place, "NODE_RANK": str(i)}) for i in range(len(spec.hosts))]
     agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(spec.hosts)}", f"--master-port={port}"]
     return [
-        [*agent, f"--node-rank={i}", f"--nproc-per-node={_count(host)}", "--master-addr=127.0.0.1", *worker]
+        ([*agent, f"--node-rank={i}", f"--nproc-per-node={_count(host)}", "--master-addr=127.0.0.1", *worker], {})
         for i, host in enumerate(spec.hosts)
     ]
 

@@ -26,11 +26,12 @@ class RunSpec:
         name: for logs.
         level: ``d0``, ``d1``, ``d0+d2`` or ``d1+d2``.
         num_ests: N.
-        devices: of an EasyScale stage, as Lightning's ``devices``: ``"v100:1,p100:2"``.
+        devices: as `EasyScaleAccelerator` reads them: ``"v100:1,p100:2"``; a reference has one type.
         ests_per_executor: of an EasyScale stage, in device order; empty: the planner decides.
         step_seconds: device type -> seconds of one EST's step, for the planner; None: all are equally fast.
-        hosts: of an EasyScale stage over several hosts, the ``devices`` of each; empty on one host.
-        pool: device types of all stages.
+        hosts: the ``devices`` of each of several hosts, empty on one: of an EasyScale stage, or of a reference whose
+            workers share a device, which stock DDP allows only between hosts.
+        pool: device types that the job may ever use.
         emulate: whether types are emulated.
         threads: CPU threads per worker.
         seed: for ``seed_everything``.
@@ -153,16 +154,26 @@ def _reference_arguments(spec: RunSpec) -> dict[str, Any]:
     from lightning_easyscale.devices import device_type
 
     heterogeneous = spec.level.endswith("d2")
+    name = spec.devices.partition(":")[0]
+    kind, devices = device_type(name, emulate=spec.emulate).kind, 1 if spec.hosts else spec.num_ests
     return {
         "strategy": DDPStrategy(process_group_backend=spec.process_group_backend, start_method=spec.start_method),
-        "accelerator": device_type(spec.pool[0], emulate=spec.emulate).kind,
-        "devices": spec.num_ests,
+        "accelerator": kind,
+        "devices": _gpus(name)[:devices] if kind == "cuda" else devices,
+        "num_nodes": max(len(spec.hosts), 1),
         "callbacks": [
             DeterminismCallback(
                 spec.level, threads=spec.threads, pool=spec.pool if heterogeneous else None, emulate=spec.emulate
             )
         ],
     }
+
+
+def _gpus(name: str) -> list[int]:
+    """Where the GPUs of a type are."""
+    from lightning_easyscale.devices import detect
+
+    return [index for index, found in enumerate(detect()) if found.name == name]
 
 
 def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:

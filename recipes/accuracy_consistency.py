@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from lightning_easyscale import determinism, devices
 from lightning_easyscale.record import Record, RecordError
 
 from . import _figure, _report
-from ._config import AccuracyConsistencyConf, ConfigError, Stage, check, register
+from ._config import AccuracyConsistencyConf, ConfigError, Stage, check, name_gpu, register
 from ._console import make_console
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._stage import RunSpec
@@ -45,7 +44,9 @@ _ABOUT = ("seed", "workload", "threads_per_est", "cpu_count", "seconds")
 
 def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, data: Path) -> list[RunSpec]:
     """All runs of the experiment in order: the references that the levels need, then each level's stages."""
-    pool = tuple(dict.fromkeys(name for stage in stages for name in stage.devices))
+    types = tuple(dict.fromkeys(name for stage in stages for name in stage.devices))
+    pool = tuple(conf.pool or types)
+    gpus = [name for name in types if devices.device_type(name, emulate=conf.emulate).kind == "cuda"]
     threads = conf.threads_per_est or determinism.default_threads(conf.schedule.num_ests)
     ends = tuple(stage.end_step for stage in stages)
     common: dict[str, Any] = {
@@ -58,11 +59,16 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
         "data": str(data),
         "workload": vars(conf.workload),
         "trainer": {key: value for key, value in vars(conf.trainer).items() if key != "max_steps"},
-        "reduction": conf.reduction,
-        "process_group_backend": conf.process_group_backend,
+        # With GPUs the reference is stock DDP over gloo: NCCL's order is no fixed one, and its ranks share no device.
+        "reduction": "ddp" if gpus and conf.reduction == "auto" else conf.reduction,
+        "process_group_backend": conf.process_group_backend or ("gloo" if gpus else None),
     }
     runs = []
-    fork = partial(start_method, conf.emulate, threads)
+
+    def method(level: str, types: tuple[str, ...]) -> Literal["fork", "popen"]:
+        # Even to look at a GPU takes a CUDA context, which a forked process cannot have.
+        return "popen" if gpus else start_method(conf.emulate, threads, pool, level, types)
+
     levels = list(dict.fromkeys(conf.determinism.levels))
     for reference in dict.fromkeys(map(_report.reference_of, levels)):
         level = "d1+d2" if reference == "ddp-heter" else "d1"
@@ -71,7 +77,8 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
                 kind="reference",
                 name=_report.REFERENCES[reference],
                 level=level,
-                devices=f"{pool[0]}:{conf.schedule.num_ests}",
+                devices=f"{types[0]}:{conf.schedule.num_ests}",
+                hosts=_shared(types[0], conf.schedule.num_ests) if types[0] in gpus else (),
                 ests_per_executor=(1,) * conf.schedule.num_ests,
                 first_step=0,
                 end_step=ends[-1],
@@ -79,7 +86,7 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
                 record=str(directory / "records" / reference),
                 save=str(directory / "checkpoints" / reference / "end.ckpt"),
                 resume=None,
-                start_method=fork(level, (pool[0],)),
+                start_method=method(level, types[:1]),
                 **common,
             )
         )
@@ -101,7 +108,7 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
                     record=str(directory / "records" / level),
                     save=str(save),
                     resume=resume,
-                    start_method=fork(level, tuple(stage.devices)) if not stage.hosts else "popen",
+                    start_method=method(level, tuple(stage.devices)) if not stage.hosts else "popen",
                     **common,
                 )
             )
@@ -109,16 +116,28 @@ def plan(conf: AccuracyConsistencyConf, stages: list[Stage], directory: Path, da
     return runs
 
 
-def start_method(emulate: bool, threads: int, level: str, types: tuple[str, ...]) -> Literal["fork", "popen"]:
-    """How a run on devices of these types gets from its first process to all of them.
+def start_method(
+    emulate: bool, threads: int, pool: tuple[str, ...], level: str, types: tuple[str, ...]
+) -> Literal["fork", "popen"]:
+    """How a run on CPU devices of these types gets from its first process to all of them.
 
     To import torch and Lightning takes a process longer than to train a short stage. A fork has imported them, but it
-    can have neither its parent's CUDA nor its pool of OpenMP threads, nor an instruction set of its own.
+    can have neither its parent's pool of OpenMP threads nor an instruction set of its own.
     """
-    cuda = any(devices.device_type(name, emulate=emulate).kind == "cuda" for name in types)
     environments = [devices.environment_of(name, emulate=emulate) for name in types]
-    alike = level.endswith("d2") or all(environment == environments[0] for environment in environments)
-    return "fork" if alike and threads == 1 and not cuda else "popen"
+    alike = _is_pinned(level, pool, emulate) or all(environment == environments[0] for environment in environments)
+    return "fork" if alike and threads == 1 else "popen"
+
+
+def _is_pinned(level: str, pool: tuple[str, ...], emulate: bool) -> bool:
+    """Whether one environment is that of all processes, whatever the type of their device."""
+    return level.endswith("d2") and devices.d2_policy(pool, emulate=emulate) == "pinned"
+
+
+def _shared(gpu: str, workers: int) -> tuple[str, ...]:
+    """Hosts of a device each for a reference's workers; none where this machine has a GPU for every worker."""
+    present = sum(found.name == gpu for found in devices.detect())
+    return (f"{gpu}:1",) * workers if present < workers else ()
 
 
 def _as_text(counts: dict[str, int]) -> str:
@@ -127,7 +146,7 @@ def _as_text(counts: dict[str, int]) -> str:
 
 def environments_of(spec: RunSpec) -> list[dict[str, str]]:
     """The environment of a run's first process on each host, so that it need not start itself again."""
-    if spec.level.endswith("d2"):
+    if _is_pinned(spec.level, spec.pool, spec.emulate):
         special = [devices.pinned_environment(spec.pool, emulate=spec.emulate)] * max(len(spec.hosts), 1)
     else:
         first_types = [text.partition(":")[0] for text in spec.hosts or (spec.devices,)]
@@ -229,6 +248,7 @@ def run(conf: AccuracyConsistencyConf, directory: Path, console: Console) -> int
     if conf.plot_only:
         report, stages = draw_again(directory)
     else:
+        name_gpu(conf)
         stages = check(conf)
         console.print(
             f"[bold]accuracy consistency[/]: {conf.workload.name}, {conf.schedule.num_ests} ESTs, {directory}"

@@ -9,9 +9,10 @@ from lightning.pytorch.accelerators import AcceleratorRegistry, CUDAAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_easyscale import EasyScaleStrategy, environment, kernels
 from lightning_easyscale import accelerator as module
-from lightning_easyscale import environment
 from lightning_easyscale.accelerator import EasyScaleAccelerator, TypedDevices, device_types_of
+from lightning_easyscale.topology import EXECUTOR_VARIABLE
 from tests.test_devices import H100, P100, V100, use_gpus, use_host
 
 SMALL = {
@@ -93,6 +94,51 @@ def test_gpus_are_given_to_the_types_asked_for(monkeypatch):
     assert made.name() == "easyscale"
     stock = [torch.device("cuda", 2), torch.device("cuda", 0)]
     assert [found.name for found in device_types_of(stock)] == ["h100", "v100"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with one GPU, which nothing may touch."""
+    use_gpus(monkeypatch, H100)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(CUDAAccelerator, "auto_device_count", lambda: 1)
+    monkeypatch.setattr(environment, "_START_ENVIRONMENT", {})
+
+
+def mixed(executor, monkeypatch, *, devices="h100:1,cpu:1", **arguments):
+    """The strategy of an executor of a stage on these devices."""
+    monkeypatch.setenv(EXECUTOR_VARIABLE, str(executor))
+    strategy = EasyScaleStrategy(num_ests=4, **arguments)
+    pl.Trainer(**SMALL, accelerator=EasyScaleAccelerator(), devices=devices, strategy=strategy)
+    return strategy
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("level", ["D0", "D1", "D1+D2"])
+def test_executors_on_a_gpu_and_on_a_cpu_agree_how_they_meet(level, monkeypatch):
+    pool = ["cpu", "h100"] if level == "D1+D2" else None
+    gpu, cpu = (mixed(i, monkeypatch, determinism=level, pool=pool) for i in range(2))
+    assert (str(gpu.root_device), str(cpu.root_device)) == ("cuda:0", "cpu")
+    assert gpu.resolved_reduction == cpu.resolved_reduction == ("native" if level == "D0" else "ddp")
+    assert gpu.virtual_backend == cpu.virtual_backend == "gloo"
+    assert gpu.identity == cpu.identity
+    assert gpu.type_environments == cpu.type_environments == {0: {}, 1: {}}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_pool_with_a_cpu_decides_for_stages_of_gpus_too(monkeypatch):
+    stages = ("h100:1", "cpu:1", "cpu:1,h100:1")
+    both = [mixed(0, monkeypatch, devices=d, determinism="D2", pool=["cpu", "h100"]).identity for d in stages]
+    assert both[0] == both[1] == both[2]
+    assert (both[0].reduction, both[0].kernels) == ("ddp", f"portable {kernels.FORMAT_VERSION}")
+    assert mixed(0, monkeypatch, devices="h100:1", determinism="D2", pool=["h100"]).resolved_reduction == "tree"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_stock_strategies_are_not_given_gpus_and_cpus_together():
+    made = trainer(emulate=False, devices="h100:1,cpu:1", strategy="ddp")
+    with pytest.raises(RuntimeError, match=r"`devices=\['h100', 'cpu'\]` mixes GPUs and CPUs"):
+        made.accelerator.setup(made)
 
 
 @pytest.mark.usefixtures("machine")

@@ -118,8 +118,9 @@ def test_real_gpus_are_recognised_and_handed_out_in_order(monkeypatch):
         parse_devices("v100:2", emulate=False)
     with pytest.raises(ValueError, match=r"asks for 4 devices, and this machine has 3 GPUs"):
         parse_devices(4, emulate=False)
-    with pytest.raises(ValueError, match=r"mixes CUDA devices and CPU ones: v100 is cuda, cpu is cpu"):
-        parse_devices("v100,cpu", emulate=False)
+    assert parse_devices("cpu,v100,cpu", emulate=False) == ("cpu", "v100", "cpu")
+    with pytest.raises(ValueError, match=r"asks for 2 devices of type v100, and this machine has 1"):
+        parse_devices("v100:2,cpu", emulate=False)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,9 @@ _MOVES = """
     _unique2
 """
 _COMPARISONS = """
-    all amax amin aminmax any argmax argmin bitwise_and bitwise_not bitwise_or bitwise_xor clamp clamp_max clamp_min eq
-    equal fmax fmin ge gt hardtanh isin isinf isnan isneginf isposinf le logical_and logical_not
-    logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit
-    where
+    all amax amin aminmax any argmax argmin bitwise_and bitwise_not bitwise_or bitwise_xor clamp clamp_max clamp_min
+    cummax cummin eq equal fmax fmin ge gt hardtanh isin isinf isnan isneginf isposinf le logical_and logical_not
+    logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit where
 """
 # One correctly rounded operation per element.
 _ROUNDED_ONCE = """

@@ -198,12 +198,12 @@ class Peers:
         """Start a rendezvous in which executor `source` overwrites the others' `tensors`; see `exchange`."""
         if self.control is None:
             return
-        on_host = all(t.device.type == "cpu" for t in tensors)
-        if not on_host or sum(t.numel() * t.element_size() for t in tensors) > _ROOM:
+        over_host = all(self._travels_over_host(t.device) for t in tensors)
+        if not over_host or sum(t.numel() * t.element_size() for t in tensors) > _ROOM:
             self.agree(tag)
             self.broadcast(tensors, source)
             return
-        said = torch.cat([as_bytes(t) for t in tensors]) if self.index == source and tensors else None
+        said = torch.cat([as_bytes(t).cpu() for t in tensors]) if self.index == source and tensors else None
         _, payloads = self.exchange(tag, payload=said)
         offset = 0
         for tensor in tensors if self.index != source else ():
@@ -238,6 +238,11 @@ class Peers:
             data = dist.new_group(list(executors))
         index = executors.index(self.index) if self.index in executors else -1
         return Peers(index, len(executors), control, data)
+
+    def _travels_over_host(self, device: torch.device) -> bool:
+        """Not whether a tensor is in host memory: executors of both kinds have to come to the same answer."""
+        assert self.data is not None
+        return device.type == "cpu" or self.data._get_backend(device).name().lower() == "gloo"
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

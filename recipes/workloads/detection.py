@@ -130,7 +130,8 @@ class AveragePrecision(Metric):
         areas = []
         for number in self.objects.nonzero()[:, 0].tolist():
             rows = found[found[:, 0] == number]
-            hits = rows[rows[:, 1].argsort(descending=True, stable=True), 2].cumsum(0)
+            # As whole numbers, whose sums have no order: D2's `portable` policy vouches for no other `cumsum`.
+            hits = rows[rows[:, 1].argsort(descending=True, stable=True), 2].long().cumsum(0).to(found)
             precision = hits / torch.arange(1, len(hits) + 1)
             recall = hits / self.objects[number].cpu()
             falling = precision.flip(0).cummax(0).values.flip(0)

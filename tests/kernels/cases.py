@@ -71,6 +71,7 @@ CASES: dict[str, Case] = {
     "batch_norm in evaluation": Case(batch_norm_eval, (IMAGE, (6,), (6,), (6,), (6,)), positive=True),
     "group_norm": Case(lambda x, w, b: F.group_norm(x, 3, w, b), (IMAGE, (6,), (6,))),
     "max_pool": Case(lambda x: F.max_pool2d(x, 3, 2, 1), (IMAGE,)),
+    "cummax": Case(lambda x: x.cummax(-1).values, (IMAGE,)),
     "max_pool in ceil mode": Case(lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True), (IMAGE,)),
     "avg_pool": Case(lambda x: F.avg_pool2d(x, 3, 2, 1), (IMAGE,)),
     "avg_pool without padding": Case(

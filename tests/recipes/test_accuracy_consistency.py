@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lightning_easyscale.compare import compare
-from lightning_easyscale.devices import device_type, pinned_environment
+from lightning_easyscale.devices import pinned_environment
 from lightning_easyscale.digest import digest_state
 from lightning_easyscale.record import Record
 from lightning_easyscale.record_writer import RecordWriter
@@ -124,6 +124,7 @@ def test_misspelt_keys_are_named(override, message):
         ),
         ("trainer.max_steps=301", "goes past the schedule's 300 steps"),
         ("trainer.max_steps=0", "trains nothing"),
+        ("pool=[v100,h200]", r"`pool=\['v100', 'h200'\]` lacks 'p100' of the stages"),
     ],
 )
 def test_stages_that_cannot_run_are_refused(override, message):
@@ -261,13 +262,7 @@ def test_progress_follows_a_growing_record(tmp_path):
     ],
 )
 def test_processes_are_forked_where_a_fork_may_do_all_that_a_new_one_may(emulate, threads, level, types, method):
-    assert start_method(emulate, threads, level, types) == method
-
-
-def test_processes_that_use_a_gpu_are_not_forked(monkeypatch):
-    gpu = replace(device_type("cpu"), name="h100", kind="cuda")
-    monkeypatch.setattr("lightning_easyscale.devices.device_type", lambda name, *, emulate=None: gpu)
-    assert start_method(False, 1, "d1", ("h100",)) == "popen"
+    assert start_method(emulate, threads, types, level, types) == method
 
 
 def test_a_stage_ends_early_in_a_job_whose_schedule_knows_its_whole_length(tmp_path):

@@ -1,12 +1,14 @@
 """Data of the workloads: the user's own copies in their usual formats, sampling, boxes and spans."""
 
 import json
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_easyscale.kernels import build, portable
 from recipes.workloads import yolov3
 from recipes.workloads.detection import AveragePrecision
 from recipes.workloads.images import ImageFolder, random_crop
@@ -231,14 +233,22 @@ def test_detection_loss_without_an_object_has_gradients():
     assert all(out.grad is not None and out.grad.isfinite().all() for out in outputs)
 
 
-def test_average_precision_counts_doubles_and_misses():
+@pytest.mark.parametrize(
+    "policy",
+    [
+        nullcontext,
+        pytest.param(portable, marks=pytest.mark.skipif(bool(build.why_unavailable()), reason="no D2 kernels here")),
+    ],
+)
+def test_average_precision_counts_doubles_and_misses(policy):
     box = [0.5, 0.5, 0.2, 0.2]
     truths = torch.tensor([[[0, *box], [0, 0.1, 0.1, 0.1, 0.1]]])
     found = [torch.tensor([[0, 0.9, *box], [0, 0.8, *box], [0, 0.7, 0.1, 0.1, 0.1, 0.1], [1, 0.6, *box]])]
-    metric = AveragePrecision(2)
-    metric.update(found, truths)
-    # hit, double, hit: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
-    assert float(metric.compute()) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    with policy():
+        metric = AveragePrecision(2)
+        metric.update(found, truths)
+        # hit, double, hit: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1
+        assert float(metric.compute()) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 def test_overlap_of_boxes():

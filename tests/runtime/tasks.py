@@ -301,3 +301,19 @@ def real_subgroups(group: Any, rank: int) -> list[Any]:
 def subgroups(group: Any, rank: int, placement: tuple[int, ...]) -> dict[int, Any]:
     """Collectives of subgroups that lie within and across executors."""
     return ests(group, rank, placement, use_subgroups)
+
+
+class OnDevice(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda", 0)  # type: ignore[assignment]
+
+
+def share_between_kinds(group: Any, rank: int) -> list[float]:
+    """What an executor on a CPU and one on a GPU hold after each has shared a small tensor with the other."""
+    peers = Peers(rank, 2, group, group)
+    mine = torch.full((3,), float(rank))
+    tensors = [(mine.as_subclass(OnDevice) if rank == 1 else mine).clone() for _ in range(2)]
+    for source, tensor in enumerate(tensors):
+        peers.share("x", [tensor], source)
+    return [tensor.sum().item() for tensor in tensors]

@@ -72,3 +72,7 @@ def test_executors_agree_on_stopping(pool: Pool) -> None:
 @pytest.mark.parametrize("placement", [(3,), (2, 1), (1, 1, 1)])
 def test_all_ests_learn_of_a_stop_at_the_same_collective(pool: Pool, placement: tuple[int, ...]) -> None:
     assert virtual(pool, placement, tasks.stop_is_agreed) == [[False, True, True]] * 3
+
+
+def test_an_executor_on_a_cpu_and_one_on_a_gpu_share_tensors(pool: Pool) -> None:
+    assert pool.run(2, tasks.share_between_kinds) == [[0.0, 3.0]] * 2
