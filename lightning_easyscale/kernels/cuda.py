@@ -14,7 +14,7 @@ from .launch import Launch
 from .plans import planned
 from .tiles import Tiles, blocks_of, few_programs, pick, power_of_two, tiles
 
-__all__ = ["Tiles", "fold", "index_add", "matmul", "random", "span_of", "sum_middle", "tiles", "unary"]
+__all__ = ["Tiles", "fold", "index_add", "matmul", "quotient", "random", "span_of", "sum_middle", "tiles", "unary"]
 
 _BLOCK, _SEGMENT, _SUM_BLOCK = kernels.BLOCK.value, kernels.SEGMENT.value, kernels.SUM_BLOCK.value
 
@@ -24,36 +24,41 @@ def span_of(k: int, programs: int) -> int:
     return _SEGMENT if few_programs(programs * blocks_of(k, _BLOCK)) and k > _SEGMENT else _BLOCK
 
 
-def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """Product of matrices or of batches of them; see `primitives.matmul`."""
-    m, n = a.shape[-2], b.shape[-1]
+def matmul(a: Tensor, b: Tensor, into: Tensor | None = None, *, base: Tensor | None = None) -> Tensor:
+    """Product of matrices or of batches of them; see `primitives.matmul` and `primitives.sum_with_matmul`."""
+    m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
     if n > 1 and m > 32 and b.stride(-1) != 1:
         b = b.contiguous()  # a copy costs less than tiles whose columns are far apart
     batch = a.shape[0] if a.dim() > 2 else 1
     if tuning.wanted:
-        tuning.tune(("matmul", m, n, a.shape[-1]), lambda: matmul(a, b), batch=batch)
-    launch, spans, each = _matmul(batch, m, n, a.shape[-1], a.stride(), b.stride())
-    out = a.new_empty(*a.shape[:-1], n) if into is None else into
+        tuning.tune(("matmul", m, n, k), lambda: matmul(a, b), batch=batch)
+    launch, spans, each = _matmul(batch, m, n, k, a.stride(), b.stride(), base.stride() if base is not None else ())
     if spans == 1 and into is None:
-        launch(a, b, out)
+        out = a.new_empty(*a.shape[:-1], n)
+        launch(a, b, a if base is None else base, out)
         return out
     partial = a.new_empty(batch, spans, m * n)
-    launch(a, b, partial)
-    return fold_spans(partial, each, into).view(out.shape)
+    launch(a, b, a, partial)
+    made = fold_spans(partial, each, into).view(*a.shape[:-1], n)
+    return made if base is None else base + made
 
 
 @planned
-def _matmul(batch: int, m: int, n: int, k: int, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Launch, int, int]:
+def _matmul(
+    batch: int, m: int, n: int, k: int, a: tuple[int, ...], b: tuple[int, ...], base: tuple[int, ...]
+) -> tuple[Launch, int, int]:
     """The launch for operands with these strides, into how many spans it cuts k, and how many of them are a block."""
     t = pick("matmul", m, n, k, batch=batch)
     programs = blocks_of(m, t.m) * blocks_of(n, t.n)
     span = span_of(k, batch * programs)
     spans = blocks_of(k, span)
+    strides = (*(0, *a)[-3:], *(0, *b)[-3:], *(0, 0, 0, *base)[-3:])
+    based = bool(base) and spans == 1
     launch = Launch(
         kernels.matmul,
         (programs, batch * spans),
-        (m, n, k, spans, *(0, *a)[-3:], *(0, *b)[-3:]),
-        (span, math.gcd(n, 16), math.gcd(k, 16), t.m, t.n, t.k),
+        (m, n, k, spans, *strides),
+        (based, span, math.gcd(n, 16), math.gcd(k, 16), t.m, t.n, t.k),
         t.warps,
         t.stages,
     )
@@ -122,6 +127,20 @@ def unary(name: str, x: Tensor) -> Tensor:
 def _unary(name: str, n: int) -> Launch:
     t = pick("plain", n)
     return Launch(kernels.unary, (blocks_of(n, t.width),), (n,), (UNARY.index(name), t.width), t.warps, t.stages)
+
+
+def quotient(x: Tensor, number: float, *, of_number: bool = False) -> Tensor:
+    """``x / number``, or ``number / x``; see `primitives.quotient`."""
+    out = torch.empty_like(x)
+    x = x if out.stride() == x.stride() else torch.empty_like(out).copy_(x)
+    _quotient(x.numel(), of_number)(x, out, free=(number,))
+    return out
+
+
+@planned
+def _quotient(n: int, of_number: bool) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.quotient, (blocks_of(n, t.width),), (n,), (of_number, t.width), t.warps, t.stages)
 
 
 def random(kind: str, key: int, out: Tensor) -> Tensor:

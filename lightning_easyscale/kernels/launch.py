@@ -67,12 +67,13 @@ class Launch:
         self._options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
         self._code: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def __call__(self, *tensors: Tensor, free: tuple[int, ...] = ()) -> None:
+    def __call__(self, *tensors: Tensor, free: tuple[int | float, ...] = ()) -> None:
         """Launch.
 
         Args:
             tensors: what the pointers point at.
-            free: values of parameters that Triton does not specialize, in 32 bits, so that they never choose the code.
+            free: values of parameters that never choose the code: floats, and whole numbers of 32 bits that the kernel
+                declares not to be specialized.
         """
         active = driver.active
         device = active.get_current_device()
@@ -86,7 +87,7 @@ class Launch:
         run, function, metadata, _ = code
         run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *self._fixed)
 
-    def _through_triton(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], free: tuple[int, ...]) -> None:
+    def _through_triton(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], free: tuple[int | float, ...]) -> None:
         device, here = tensors[0].get_device(), key[0]
         if device != here:
             with torch.cuda.device(device):

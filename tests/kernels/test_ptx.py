@@ -18,16 +18,33 @@ TARGETS = [80, 90]  # compute capabilities
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
-POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"running_mean", "running_var", "source"}
-NUMBERS = {"eps", "momentum", "rest", "unbias"}
+POINTERS = {
+    "a",
+    "b",
+    "base",
+    "out",
+    "partial",
+    "x",
+    "w",
+    "dy",
+    "y",
+    "weight",
+    "bias",
+    "means",
+    "inverses",
+    "products",
+    "found",
+}
+POINTERS |= {"base", "running_mean", "running_var", "source"}
+NUMBERS = {"number", "eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
 KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
-    (primitives.matmul, {"SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
+    (primitives.matmul, {"BASE": True, "SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
     *((primitives.fold, {"CONTINUE": go_on, "W": 256}, False) for go_on in (True, False)),
     (primitives.sum_middle, {"U": 1, "W": 4}, False),
     *((primitives.unary, {"WHICH": which, "W": 256}, which != 6) for which in range(7)),
+    *((primitives.quotient, {"REVERSED": reverse, "W": 256}, False) for reverse in (True, False)),
     *((primitives.random, {"NORMAL": normal, "W": 128}, normal) for normal in (True, False)),
     (primitives.index_add, {"W": 128}, False),
     (convolutions.forward, GATHERED, True),
