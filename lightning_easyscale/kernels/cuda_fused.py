@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_fused_kernels as kernels
-from .cuda import sum_middle
+from .cuda import sum_middle, words_of
 from .cuda_kernels import SUM_BLOCK
 from .launch import Launch
 from .plans import planned
@@ -205,6 +205,33 @@ def activation_backward(name: str, dy: Tensor, x: Tensor) -> Tensor:
     x, dy = (v if out.stride() == v.stride() else torch.empty_like(out).copy_(v) for v in (x, dy))
     _strips("activation_backward", n, (n,), (ACTIVATIONS.index(name),))(dy, x, out)
     return out
+
+
+def dropout(x: Tensor, key: int, keep: float) -> tuple[Tensor, Tensor]:
+    """Result and mask of a dense tensor in row-major order; see `random.dropout`."""
+    out, kept = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    _dropout(x.numel(), keep)(x, out, kept, free=words_of(key))
+    return out, kept
+
+
+@planned
+def _dropout(n: int, keep: float) -> Launch:
+    t = pick("plain", n)
+    strip = max(1, t.width // 4)
+    return Launch(kernels.dropout, (blocks_of(n, 4 * strip),), (keep, n), (strip,), t.warps, t.stages)
+
+
+def dropout_backward(dy: Tensor, kept: Tensor, keep: float) -> Tensor:
+    """The gradient of dense tensors in row-major order."""
+    out = torch.empty_like(dy)
+    _dropout_backward(dy.numel(), keep)(dy, kept, out)
+    return out
+
+
+@planned
+def _dropout_backward(n: int, keep: float) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.dropout_backward, (blocks_of(n, t.width),), (keep, n), (t.width,), t.warps, t.stages)
 
 
 def _dense(parameter: Tensor | None, like: Tensor) -> Tensor:

@@ -110,7 +110,10 @@ def test_pointers_that_alternate_between_alignments(checked, size):
     for (i, j), _ in itertools.product(itertools.product((0, 1, 4), repeat=2), range(2)):
         cuda.fold(at(i, 1, 2, size), at(j, 1, size))
         fused.softmax_backward(at(i, 3, size), at(j, 3, size), log=False)
-    assert checked[0] == 36
+        cuda.quotient(at(i, size), 0.5 + i)
+        fused.dropout(at(i, size), i << 31, 0.9)
+        fused.dropout_backward(at(j, size), at(i, size, dtype=torch.bool), 0.9)
+    assert checked[0] == 90
 
 
 def test_sizes_and_strides_that_alternate(checked):

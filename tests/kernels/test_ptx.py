@@ -36,7 +36,7 @@ POINTERS = {
     "found",
 }
 POINTERS |= {"base", "running_mean", "running_var", "source"}
-NUMBERS = {"number", "eps", "momentum", "rest", "unbias"}
+NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
 KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
@@ -64,6 +64,8 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.normalize_channels, {"WEIGHT": True, "BIAS": True, "W": 256}, False),
     (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
     *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
+    (fused.dropout, {"W": 256}, False),
+    (fused.dropout_backward, {"W": 256}, False),
     *((fused.activation_backward, {"WHICH": which, "W": 256}, which != 3) for which in range(4)),
 ]
 
@@ -76,6 +78,8 @@ def ptx_of(kernel: Any, constants: dict[str, Any], capability: int) -> str:
             return "constexpr"
         if name in ("index", "order"):
             return "*i64"
+        if name == "kept":
+            return "*i1"
         if name in NUMBERS or (name == "count" and kernel is not primitives.fold):
             return "fp32"
         return "*fp32" if name in POINTERS else "i32"
