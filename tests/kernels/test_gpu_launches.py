@@ -226,10 +226,12 @@ def test_a_tensor_of_another_device_is_computed_there():
             assert all(torch.equal(y.cpu(), expected) for y in found)
 
 
+@pytest.mark.timeout(900)  # compiles each kernel several times
 def test_tuned_launches_have_the_bits_of_untuned_ones(tmp_path, monkeypatch):
     from lightning_easyscale.kernels import plans, tiles, tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "CANDIDATES", tiles.CANDIDATES[:6])
     a, b = random(130, 700, seed=1).cuda(), random(700, 90, seed=2).cuda()
     x, w = random(4, 32, 20, 20, seed=3).cuda(), random(48, 32, 3, 3, seed=4).cuda()
     leaves = [t.requires_grad_() for t in (a, b, x, w)]
