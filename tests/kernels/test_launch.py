@@ -65,12 +65,13 @@ def driver(monkeypatch, tmp_path):
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(made)
     plans.forget_plans()
+    yield made
+    plans.forget_plans()
     for module in (cuda.kernels, fused.kernels, convolutions.kernels):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
-                kernel.device_caches.pop(-1, None)
-    yield made
-    plans.forget_plans()
+                for compiled in kernel.device_caches.pop(-1, ({},))[0].values():
+                    compiled.module = None  # a real driver would unload what it never loaded
     triton.runtime.driver.set_active(before)
 
 
