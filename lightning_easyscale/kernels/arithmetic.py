@@ -43,6 +43,8 @@ def divide(a: Tensor | float, b: Tensor | float, *, rounding_mode: str | None = 
     """``aten::div``: the quotient, rounded to nearest; `rounding_mode` as in torch."""
     if rounding_mode is not None and not torch.result_type(a, b).is_floating_point:
         return torch.div(a, b, rounding_mode=rounding_mode)
+    if rounding_mode is None and (made := primitives.quotient(a, b)) is not None:
+        return made
     x, y = _pair(a, b)
     if rounding_mode == "floor":
         made = torch.div(x.double(), y.double(), rounding_mode="floor")
@@ -96,6 +98,13 @@ def _scaled(x: Tensor | float, alpha: float) -> Tensor | float:
 def add(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
     """``x + alpha * other``: the product is rounded first."""
     return _once(torch.add, x, _scaled(other, alpha))
+
+
+def add_(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
+    """`add` in place."""
+    if x.dtype in _REDUCED or x.dtype != torch.result_type(x, other):
+        return x.copy_(add(x, other, alpha))
+    return x.add_(_scaled(other, alpha))
 
 
 def sub(x: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:

@@ -40,6 +40,11 @@ _FLAGS = [
 _SOURCES = ("functions.h", "kernels.cpp")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_easyscale"
+
+
 def why_unavailable() -> str:
     """Why this machine cannot run the CPU kernels, with the cure; empty where it can."""
     if host_cpu().why_not or host_cpu().isa == "default":
@@ -102,7 +107,7 @@ def _built(width: str) -> Path:
     texts = {"coefficients.h": c_header(), **{name: (here / name).read_text() for name in _SOURCES}}
     command = [compiler, *_FLAGS, *WIDTHS[width]]
     key = hashlib.blake2b(repr((command, version, texts)).encode(), digest_size=12).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_easyscale"
+    cache = cache_folder()
     target = cache / f"kernels-{width}-{key}.so"
     if target.exists():
         return target

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -89,6 +90,11 @@ class Geometry:
     def images_at_once(self) -> int:
         """How many images are unfolded at once."""
         return max(1, _UNFOLDED // max(1, self.groups * self.depth * self.pixels))
+
+
+@lru_cache(1024)
+def _geometry(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any) -> Geometry:
+    return Geometry(x, weight, *rest)
 
 
 def _without_unfolding(x: Tensor, g: Geometry) -> ModuleType | None:
@@ -176,9 +182,10 @@ def convolution(
         kernel = weight.shape[2:]
         spatial = [(x.shape[2 + i] - 1) * s[i] - 2 * p[i] + d[i] * (kernel[i] - 1) + o[i] + 1 for i in range(dims)]
         shape = (x.shape[0], weight.shape[1] * groups, *spatial)
-        made = _input_gradient(x, weight, Geometry(shape, weight.shape, s, p, d, groups))
+        made = _input_gradient(x, weight, _geometry(shape, weight.shape, s, p, d, groups))
     else:
-        made = _forward(x, weight, Geometry(x.shape, weight.shape, stride, padding, dilation, groups))
+        g = _geometry(x.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
+        made = _forward(x, weight, g)
     if bias is not None:
         made += bias.reshape(-1, *[1] * (x.dim() - 2))
     return primitives.like_layout(made, x)
@@ -199,7 +206,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``aten::convolution_backward``: gradients of input, weight and bias."""
     small, large = (x, dy) if transposed else (dy, x)
-    g = Geometry(large.shape, weight.shape, stride, padding, dilation, groups)
+    g = _geometry(large.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups)
     dx = dw = db = None
     if output_mask[0]:
         dx = primitives.like_layout(_forward(dy, weight, g) if transposed else _input_gradient(dy, weight, g), x)

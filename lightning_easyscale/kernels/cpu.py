@@ -33,11 +33,11 @@ def _library() -> ctypes.CDLL:
 
 
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """Batched product; see `primitives.matmul`."""
-    (batch, m, k), n = a.shape, b.shape[2]
-    out = a.new_empty(batch, m, n) if into is None else into
+    """Product of matrices or of batches of them; see `primitives.matmul`."""
+    (batch, m, k), n = (1, *a.shape)[-3:], b.shape[-1]
+    out = a.new_empty(*a.shape[:-1], n) if into is None else into
     _library().es_matmul(
-        *(a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr()),
+        *(a.data_ptr(), *(0, *a.stride())[-3:], b.data_ptr(), *(0, *b.stride())[-3:], out.data_ptr()),
         *(batch, m, n, k, into is not None, torch.get_num_threads()),
     )
     return out

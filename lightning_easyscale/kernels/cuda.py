@@ -3,105 +3,66 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import cuda_kernels as kernels
+from . import tuning
 from .cpu import UNARY
+from .launch import Launch
+from .plans import planned
+from .tiles import Tiles, blocks_of, few_programs, pick, power_of_two, tiles
 
+__all__ = ["Tiles", "fold", "index_add", "matmul", "quotient", "random", "span_of", "sum_middle", "tiles", "unary"]
 
-class Tiles(NamedTuple):
-    """Tile sizes of a launch: any choice gives the same bits.
-
-    Args:
-        m: rows of a product's tile, a power of two of at least 16.
-        n: columns of a product's tile, likewise.
-        k: steps of k that are loaded at once: a power of two from 16 to 256.
-        warps: warps of a program.
-        stages: depth of the software pipeline.
-        width: elements of an elementwise program, a power of two.
-    """
-
-    m: int = 64
-    n: int = 64
-    k: int = 16
-    warps: int = 4
-    stages: int = 2
-    width: int = 1024
-
-
-_ENOUGH = 256  # programs that keep a device busy
-_forced: Tiles | None = None
-
-
-@contextmanager
-def tiles(choice: Tiles) -> Iterator[None]:
-    """Use these tile sizes for the time of a ``with`` block."""
-    global _forced
-    before, _forced = _forced, choice
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def pick(kind: str, m: int, n: int = 1) -> Tiles:
-    """The tiles of a launch of a kind of kernel whose result has m rows and n columns; chosen on an H100."""
-    if _forced is not None:
-        return _forced
-    if kind == "rows":
-        return Tiles(warps=1, stages=3)  # with more, the tree of lanes does not fit the registers
-    few = blocks_of(m, 64) * blocks_of(n, 128) < _ENOUGH
-    if kind == "matmul" and m > 32:
-        return Tiles(64, 64, 32, 4, 3) if n > 32 else Tiles(32, 32, 32, 2, 3)
-    if kind == "forward" and m > 32:
-        return Tiles(64, 64, 32, 4, 3) if few else Tiles(64, 256, 16, 8, 3)
-    if kind == "weight_gradient" and m > 64:
-        return Tiles(128, 128, 16, 8, 3) if n > 64 else Tiles(128, 64, 16, 4, 4)
-    if kind == "weight_gradient" and m > 32:
-        return Tiles(64, 64, 16, 4, 3)
-    if m <= 32:
-        return Tiles(32, 128, 16, 4, 4) if n > 64 else Tiles(32, 64, 16, 4, 3)
-    return Tiles(64, 64, 32, 4, 3) if n <= 64 or few else Tiles(64, 128, 16, 4, 3)
-
-
-def launch_options(t: Tiles) -> dict[str, int | bool]:
-    """Of every launch: how it is compiled, and without fusing products and sums."""
-    return {"num_warps": t.warps, "num_stages": t.stages, "enable_fp_fusion": False}
-
-
-def blocks_of(length: int, block: int) -> int:
-    """How many blocks a length has."""
-    return -(-length // block)
+_BLOCK, _SEGMENT, _SUM_BLOCK = kernels.BLOCK.value, kernels.SEGMENT.value, kernels.SUM_BLOCK.value
 
 
 def span_of(k: int, programs: int) -> int:
     """How many values of k one program adds, a segment or a block, if every span of k has so many programs."""
-    block, segment = kernels.BLOCK.value, kernels.SEGMENT.value
-    return block if programs * blocks_of(k, block) >= _ENOUGH or k <= segment else segment
+    return _SEGMENT if few_programs(programs * blocks_of(k, _BLOCK)) and k > _SEGMENT else _BLOCK
 
 
-def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """Batched product; see `primitives.matmul`."""
-    (batch, m, k), n = a.shape, b.shape[2]
-    if n > 1 and m > 32 and b.stride(2) != 1:
+def matmul(a: Tensor, b: Tensor, into: Tensor | None = None, *, base: Tensor | None = None) -> Tensor:
+    """Product of matrices or of batches of them; see `primitives.matmul` and `primitives.sum_with_matmul`."""
+    m, n, k = a.shape[-2], b.shape[-1], a.shape[-1]
+    if n > 1 and m > 32 and b.stride(-1) != 1:
         b = b.contiguous()  # a copy costs less than tiles whose columns are far apart
-    t = pick("matmul", m, n)
-    tiles = blocks_of(m, t.m) * blocks_of(n, t.n)
-    span = span_of(k, batch * tiles)
-    spans = blocks_of(k, span)
+    batch = a.shape[0] if a.dim() > 2 else 1
+    if tuning.wanted:
+        tuning.tune(("matmul", m, n, k), lambda: matmul(a, b), batch=batch)
+    launch, spans, each = _matmul(batch, m, n, k, a.stride(), b.stride(), base.stride() if base is not None else ())
+    if spans == 1 and into is None:
+        out = a.new_empty(*a.shape[:-1], n)
+        launch(a, b, a if base is None else base, out)
+        return out
     partial = a.new_empty(batch, spans, m * n)
-    kernels.matmul[tiles, batch * spans](
-        *(a, b, partial, m, n, k, spans, *a.stride(), *b.stride()),
-        **{"SPAN": span, "COLS": math.gcd(n, 16), "DEEP": math.gcd(k, 16), "BM": t.m, "BN": t.n, "BK": t.k},
-        **launch_options(t),
+    launch(a, b, a, partial)
+    made = fold_spans(partial, each, into).view(*a.shape[:-1], n)
+    return made if base is None else base + made
+
+
+@planned
+def _matmul(
+    batch: int, m: int, n: int, k: int, a: tuple[int, ...], b: tuple[int, ...], base: tuple[int, ...]
+) -> tuple[Launch, int, int]:
+    """The launch for operands with these strides, into how many spans it cuts k, and how many of them are a block."""
+    t = pick("matmul", m, n, k, batch=batch)
+    programs = blocks_of(m, t.m) * blocks_of(n, t.n)
+    span = span_of(k, batch * programs)
+    spans = blocks_of(k, span)
+    strides = (*(0, *a)[-3:], *(0, *b)[-3:], *(0, 0, 0, *base)[-3:])
+    based = bool(base) and spans == 1
+    launch = Launch(
+        kernels.matmul,
+        (programs, batch * spans),
+        (m, n, k, spans, *strides),
+        (based, span, math.gcd(n, 16), math.gcd(k, 16), t.m, t.n, t.k),
+        t.warps,
+        t.stages,
     )
-    return fold_spans(partial, kernels.BLOCK.value // span, into).view(batch, m, n)
+    return launch, spans, _BLOCK // span
 
 
 def fold_spans(partial: Tensor, each: int, into: Tensor | None = None) -> Tensor:
@@ -111,7 +72,7 @@ def fold_spans(partial: Tensor, each: int, into: Tensor | None = None) -> Tensor
         whole = spans // each * each
         folded = [fold(partial[:, :whole].reshape(-1, each, count)).view(batch, -1, count)] if whole else []
         rest = [fold(partial[:, whole:])[:, None]] if whole < spans else []
-        partial = torch.cat([*folded, *rest], 1)
+        partial = folded[0] if not rest else rest[0] if not folded else torch.cat([*folded, *rest], 1)
     return partial[:, 0] if partial.shape[1] == 1 and into is None else fold(partial, into)
 
 
@@ -120,52 +81,96 @@ def fold(partial: Tensor, into: Tensor | None = None) -> Tensor:
     batch, blocks, count = partial.shape
     partial = partial.contiguous()
     out = partial.new_empty(batch, count) if into is None else into
-    t = _forced or Tiles()
-    grid = (blocks_of(count, t.width), batch)
-    kernels.fold[grid](partial, out, count, blocks, CONTINUE=into is not None, W=t.width, **launch_options(t))
+    _fold(batch, blocks, count, into is not None)(partial, out)
     return out
+
+
+@planned
+def _fold(batch: int, blocks: int, count: int, go_on: bool) -> Launch:
+    t = pick("plain", count)
+    grid = (blocks_of(count, t.width), batch)
+    return Launch(kernels.fold, grid, (count, blocks), (go_on, t.width), t.warps, t.stages)
 
 
 def sum_middle(x: Tensor) -> Tensor:
     """Sums over the middle of a contiguous ``[outer, rows, inner]``; see `primitives.sum_middle`."""
     outer, rows, inner = x.shape
-    t = _forced or Tiles()
     while True:
-        blocks = blocks_of(rows, kernels.SUM_BLOCK.value)
-        out = x.new_empty(outer * blocks * inner)
-        columns = min(triton.next_power_of_2(inner), max(1, t.width // 64))
-        units = max(1, min(t.width // 64 // columns, triton.next_power_of_2(outer * blocks)))
-        grid = (blocks_of(outer * blocks, units), blocks_of(inner, columns))
-        kernels.sum_middle[grid](x, out, rows, inner, blocks, outer * blocks, U=units, W=columns, **launch_options(t))
+        launch, blocks = _sum_middle(outer, rows, inner)
+        out = x.new_empty(outer, inner) if blocks == 1 else x.new_empty(outer, blocks, inner)
+        launch(x, out)
         if blocks == 1:
-            return out.view(outer, inner)
+            return out
         x, rows = out, blocks
+
+
+@planned
+def _sum_middle(outer: int, rows: int, inner: int) -> tuple[Launch, int]:
+    """The launch, and into how many blocks it cuts the rows."""
+    t = pick("plain", inner)
+    blocks = blocks_of(rows, _SUM_BLOCK)
+    columns = min(power_of_two(inner), max(1, t.width // 64))
+    units = max(1, min(t.width // 64 // columns, power_of_two(outer * blocks)))
+    grid = (blocks_of(outer * blocks, units), blocks_of(inner, columns))
+    numbers = (rows, inner, blocks, outer * blocks)
+    return Launch(kernels.sum_middle, grid, numbers, (units, columns), t.warps, t.stages), blocks
 
 
 def unary(name: str, x: Tensor) -> Tensor:
     """An elementary function of a dense tensor; see `primitives.unary`."""
     out = torch.empty_like(x)
-    t = _forced or Tiles()
-    grid = (blocks_of(x.numel(), t.width),)
-    kernels.unary[grid](x, out, x.numel(), WHICH=UNARY.index(name), W=t.width, **launch_options(t))
+    _unary(name, x.numel())(x, out)
     return out
+
+
+@planned
+def _unary(name: str, n: int) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.unary, (blocks_of(n, t.width),), (n,), (UNARY.index(name), t.width), t.warps, t.stages)
+
+
+def quotient(x: Tensor, number: float, *, of_number: bool = False) -> Tensor:
+    """``x / number``, or ``number / x``; see `primitives.quotient`."""
+    out = torch.empty_like(x)
+    x = x if out.stride() == x.stride() else torch.empty_like(out).copy_(x)
+    _quotient(x.numel(), of_number)(x, out, free=(number,))
+    return out
+
+
+@planned
+def _quotient(n: int, of_number: bool) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.quotient, (blocks_of(n, t.width),), (n,), (of_number, t.width), t.warps, t.stages)
 
 
 def random(kind: str, key: int, out: Tensor) -> Tensor:
     """Fill a contiguous tensor; see `primitives.random`."""
-    t = _forced or Tiles()
-    grid = (blocks_of(out.numel(), 4 * t.width),)
-    low, high = key & 0xFFFFFFFF, key >> 32
-    kernels.random[grid](out, low, high, out.numel(), NORMAL=kind == "normal", W=t.width, **launch_options(t))
+    _random(kind, out.numel())(out, free=words_of(key))
     return out
+
+
+@planned
+def _random(kind: str, n: int) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.random, (blocks_of(n, 4 * t.width),), (n,), (kind == "normal", t.width), t.warps, t.stages)
+
+
+def words_of(key: int) -> tuple[int, int]:
+    """The halves of a 64-bit key, each as a signed number of 32 bits, of which the kernels use the bits."""
+    low, high = key & 0xFFFFFFFF, key >> 32
+    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
 
 
 def index_add(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
     """Add rows in ascending order; see `primitives.index_add`."""
-    rows, width = source.shape
     ordered, order = torch.sort(index, stable=True)
-    t = _forced or Tiles()
-    strip = min(triton.next_power_of_2(width), t.width)
-    grid = (rows, blocks_of(width, strip))
-    kernels.index_add[grid](out, ordered, order, source, rows, width, W=strip, **launch_options(t))
+    _index_add(*source.shape)(out, ordered, order, source)
     return out
+
+
+@planned
+def _index_add(rows: int, width: int) -> Launch:
+    t = pick("plain", width)
+    strip = min(power_of_two(width), t.width)
+    grid = (rows, blocks_of(width, strip))
+    return Launch(kernels.index_add, grid, (rows, width), (strip,), t.warps, t.stages)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from . import cuda_convolution_kernels as kernels
-from .cuda import Tiles, blocks_of, fold, fold_spans, launch_options, pick, span_of
+from . import tuning
+from .cuda import fold, fold_spans, span_of
 from .cuda_kernels import BLOCK, SEGMENT
+from .launch import Launch
+from .plans import planned
+from .tiles import Tiles, blocks_of, pick
 
 if TYPE_CHECKING:
     from .convolution import Geometry
@@ -18,6 +22,7 @@ _LIMIT = 2**31 - 2**20  # elements that 32-bit offsets reach, tiles that stick o
 _PARTIAL = 1 << 27  # elements of blocks' sums that are kept at once
 
 
+@planned
 def takes(g: Geometry) -> bool:
     """Whether these kernels compute a convolution of this geometry."""
     size = max(math.prod(g.spatial) * g.channels, g.pixels * g.out_channels) * g.batch
@@ -25,6 +30,7 @@ def takes(g: Geometry) -> bool:
     return len(g.kernel) == 2 and 0 < size < _LIMIT and g.taps * per * g.channels < _LIMIT and 0 < per <= BLOCK.value
 
 
+@planned
 def _depthwise(g: Geometry) -> bool:
     """Whether each channel is a group: too little for tiles of products."""
     return g.groups > 1 and g.channels == g.groups == g.out_channels and g.taps <= SEGMENT.value
@@ -37,71 +43,117 @@ def _flat(g: Geometry) -> bool:
 
 def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """``[N, OC, OH, OW]`` of ``[N, C, H, W]`` with any strides and ``[OC, C / groups, KH, KW]``."""
-    out = x.new_empty(g.batch, g.out_channels, *g.out)
     if _depthwise(g):
-        place = (*g.spatial, *g.out, *x.stride(), *g.stride, *g.padding, *g.dilation)
-        t = pick("depthwise", out.numel())
-        grid = (blocks_of(out.numel(), t.width),)
-        kernels.depthwise_forward[grid](
-            *(x, weight.contiguous(), out, out.numel(), g.taps, g.channels),
-            *(*place, g.kernel[1]),
-            W=t.width,
-            **launch_options(t),
-        )
+        out = x.new_empty(g.batch, g.out_channels, *g.out)
+        _depthwise_forward(g, x.stride())(x, weight.contiguous(), out)
         return out
-    flat = _flat(g) and x.stride()[2:] == (g.spatial[1], 1)
-    place = (*g.spatial, g.pixels, g.out[1], *x.stride(), *g.stride, *g.padding, *g.dilation)
+    if tuning.wanted:
+        m, n = g.out_channels // g.groups, g.batch * g.pixels
+        tuning.tune(("forward", m, n, g.depth), lambda: forward(x, weight, g), batch=g.groups, taps=g.taps)
+    launch, blocks = _forward(g, x.stride())
+    if blocks == 1:
+        out = x.new_empty(g.batch, g.out_channels, *g.out)
+        launch(x, g.weight_matrix(weight), out)
+        return out
+    made = x.new_empty(blocks, g.batch, g.out_channels, *g.out)
+    launch(x, g.weight_matrix(weight), made)
+    return fold(made.view(1, blocks, -1)).view(made.shape[1:])
+
+
+@planned
+def _depthwise_forward(g: Geometry, strides: tuple[int, ...]) -> Launch:
+    n = g.batch * g.out_channels * g.pixels
+    t = pick("depthwise", n)
+    place = (*g.spatial, *g.out, *strides, *g.stride, *g.padding, *g.dilation, g.kernel[1])
+    return _strips(kernels.depthwise_forward, n, (n, g.taps, g.channels, *place), t)
+
+
+@planned
+def _forward(g: Geometry, strides: tuple[int, ...]) -> tuple[Launch, int]:
+    """The launch, and into how many blocks it cuts k."""
+    flat = _flat(g) and strides[2:] == (g.spatial[1], 1)
+    place = (*g.spatial, g.pixels, g.out[1], *strides, *g.stride, *g.padding, *g.dilation)
     m, n, per = g.out_channels // g.groups, g.batch * g.pixels, g.channels // g.groups
-    t, blocks = pick("forward", m, n), blocks_of(g.depth, BLOCK.value)
-    made = out if blocks == 1 else x.new_empty(blocks, *out.shape)
-    kernels.forward[_grid(m, n, t), g.groups * blocks](
-        *(x, g.weight_matrix(weight), made, m, n, g.depth, blocks, per, *place),
-        **{"KW": g.kernel[1], "WHOLE": per % t.k == 0 or g.taps == 1, "FLAT": flat},
-        **{"ALIGNED": math.gcd(g.pixels, 16), "DEEP": math.gcd(g.depth, 16)},
-        **_tiles(t),
+    t = pick("forward", m, n, g.depth, batch=g.groups, taps=g.taps)
+    blocks = blocks_of(g.depth, BLOCK.value)
+    whole = per % t.k == 0 or g.taps == 1
+    launch = Launch(
+        kernels.forward,
+        (_programs(m, n, t), g.groups * blocks),
+        (m, n, g.depth, blocks, per, *place),
+        (g.kernel[1], whole, flat, math.gcd(g.pixels, 16), math.gcd(g.depth, 16), t.m, t.n, t.k),
+        t.warps,
+        t.stages,
     )
-    return out if blocks == 1 else fold(made.view(1, blocks, -1)).view(out.shape)
+    return launch, blocks
 
 
 def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """``[N, C, H, W]`` of ``[N, OC, OH, OW]`` and the weight."""
     if _depthwise(g):
         out = dy.new_empty(g.batch, g.channels, *g.spatial)
-        t = pick("depthwise", out.numel())
-        kernels.depthwise_input_gradient[(blocks_of(out.numel(), t.width),)](
-            *(dy, weight.contiguous(), out, out.numel(), g.taps, g.channels, *g.spatial, *g.out, *dy.stride()),
-            *(*g.stride, *g.padding, *g.dilation, g.kernel[1]),
-            W=t.width,
-            **launch_options(t),
-        )
+        _depthwise_input_gradient(g, dy.stride())(dy, weight.contiguous(), out)
         return out
     dy = dy.contiguous()
+    if tuning.wanted:
+        for phase in _phases(g):
+            launch = ("input_gradient", g.channels // g.groups, phase.n, g.out_channels // g.groups)
+            tuning.tune(launch, lambda: input_gradient(dy, weight, g), batch=g.groups, taps=phase.taps)
     m, depth = g.channels // g.groups, g.out_channels // g.groups
     # [groups, taps, output channels, input channels]
     matrix = weight.reshape(g.groups, depth, m, g.taps).permute(0, 3, 1, 2).contiguous()
     everywhere = all(s == 1 for s in g.stride)
     out = (dy.new_empty if everywhere else dy.new_zeros)(g.batch, g.channels, *g.spatial)
+    for phase in _phases(g):
+        phase.launch(dy, matrix, out)
+    return out
+
+
+@planned
+def _depthwise_input_gradient(g: Geometry, strides: tuple[int, ...]) -> Launch:
+    n = g.batch * g.channels * math.prod(g.spatial)
+    t = pick("depthwise", n)
+    place = (*g.spatial, *g.out, *strides, *g.stride, *g.padding, *g.dilation, g.kernel[1])
+    return _strips(kernels.depthwise_input_gradient, n, (n, g.taps, g.channels, *place), t)
+
+
+class _Phase(NamedTuple):
+    """The places of an input that lie a stride apart: their launch, how many there are, and the taps that reach one."""
+
+    launch: Launch
+    n: int
+    taps: int
+
+
+@planned
+def _phases(g: Geometry) -> list[_Phase]:
+    m, depth = g.channels // g.groups, g.out_channels // g.groups
+    found = []
     for first_h in range(min(g.stride[0], g.spatial[0])):
         for first_w in range(min(g.stride[1], g.spatial[1])):
             tap_h, step_h, taps_h = _reached_by(first_h, 0, g)
             tap_w, step_w, taps_w = _reached_by(first_w, 1, g)
-            if taps_h * taps_w == 0:
+            taps = taps_h * taps_w
+            if taps == 0:
                 continue
-            rows_h, rows_w = (
-                blocks_of(g.spatial[0] - first_h, g.stride[0]),
-                blocks_of(g.spatial[1] - first_w, g.stride[1]),
+            rows_w = blocks_of(g.spatial[1] - first_w, g.stride[1])
+            places = blocks_of(g.spatial[0] - first_h, g.stride[0]) * rows_w
+            n = g.batch * places
+            t = pick("input_gradient", m, n, depth, batch=g.groups, taps=taps)
+            launch = Launch(
+                kernels.input_gradient,
+                (_programs(m, n, t), g.groups),
+                (
+                    *(m, n, depth, taps, g.taps, places, rows_w, *g.spatial, *g.out),
+                    *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
+                    *(tap_h, tap_w, step_h, step_w, taps_w),
+                ),
+                (depth > SEGMENT.value, _flat(g), math.gcd(places, 16), math.gcd(m, 16), t.m, t.n, t.k),
+                t.warps,
+                t.stages,
             )
-            n = g.batch * rows_h * rows_w
-            t = pick("input_gradient", m, n)
-            kernels.input_gradient[_grid(m, n, t), g.groups](
-                *(dy, matrix, out, m, n, depth, taps_h * taps_w, g.taps, rows_h * rows_w, rows_w, *g.spatial, *g.out),
-                *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
-                *(tap_h, tap_w, step_h, step_w, taps_w),
-                **{"LONG": depth > SEGMENT.value, "FLAT": _flat(g), "ALIGNED": math.gcd(rows_h * rows_w, 16)},
-                ROWS=math.gcd(m, 16),
-                **_tiles(t),
-            )
-    return out
+            found.append(_Phase(launch, n, taps))
+    return found
 
 
 def _reached_by(first: int, dim: int, g: Geometry) -> tuple[int, int, int]:
@@ -114,44 +166,78 @@ def _reached_by(first: int, dim: int, g: Geometry) -> tuple[int, int, int]:
 def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     """``[OC, C / groups, KH, KW]`` of ``[N, C, H, W]`` and ``[N, OC, OH, OW]``."""
     x, dy = (v.permute(0, 2, 3, 1).contiguous() for v in (x, dy))  # channels last, which tiles run along
-    per, m, depth = g.channels // g.groups, g.out_channels // g.groups, g.batch * g.pixels
-    n, c, oc = g.taps * per, g.channels, g.out_channels
-    x_strides = (g.spatial[0] * g.spatial[1] * c, 1, g.spatial[1] * c, c)
-    place = (*g.stride, *g.padding, *g.dilation, g.kernel[1])
     if _depthwise(g):
-        segments, each = blocks_of(depth, SEGMENT.value), BLOCK.value // SEGMENT.value
-        sums = x.new_zeros(blocks_of(segments, each) * each, g.taps, c)
-        t = pick("depthwise", c)
-        kernels.depthwise_weight_gradient[blocks_of(c, 32), blocks_of(segments, 8), g.taps](
-            *(x, dy, sums, depth, c, *g.spatial, g.out[1], g.pixels, *x_strides),
-            *(g.pixels * oc, 1, g.out[1] * oc, oc, *place),
-            **{"S": 8, "W": 32},
-            **launch_options(t),
-        )
-        folded = fold(fold(sums.view(-1, each, g.taps * c))[None])
-        return folded.view(g.taps, c).t().reshape(c, 1, *g.kernel)
-    t = pick("weight_gradient", m, n)
-    span = span_of(depth, g.groups * _grid(m, n, t))
-    blocks, each = blocks_of(depth, span), BLOCK.value // span
-    at_once = max(1, _PARTIAL // (g.groups * m * n * each)) * each
+        return _depthwise_weight_gradient(x, dy, g)
+    m, per = g.out_channels // g.groups, g.channels // g.groups
+    if tuning.wanted:
+        launch = ("weight_gradient", m, g.taps * per, g.batch * g.pixels)
+        tuning.tune(launch, lambda: _weight_gradient(x, dy, g), batch=g.groups, taps=g.taps)
+    total = _weight_gradient(x, dy, g)
+    return total.view(g.out_channels, *g.kernel, per).permute(0, 3, 1, 2).contiguous()
+
+
+def _weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
+    """``[groups, rows * (taps, channels)]`` of operands in channels-last order."""
+    parts, each = _weight_gradient_parts(g)
     total: Tensor | None = None
-    for skip in range(0, blocks, at_once):
-        there = min(at_once, blocks - skip)
-        sums = x.new_empty(g.groups, there, m * n)
-        kernels.weight_gradient[_grid(m, n, t), g.groups * there](
-            *(x, dy, sums, m, n, depth, there, skip, per, *g.spatial, g.out[1], g.pixels, *x_strides),
-            *(g.pixels * oc, 1, oc, *place),
-            **{"WHOLE": g.pixels % t.k == 0, "SPAN": span, "ROWS": math.gcd(m, 16), "COLS": math.gcd(per, 16)},
-            **_tiles(t),
-        )
+    for launch, shape in parts:
+        sums = x.new_empty(shape)
+        launch(x, dy, sums)
         total = fold_spans(sums, each, total)
     assert total is not None
-    return total.view(oc, *g.kernel, per).permute(0, 3, 1, 2).contiguous()
+    return total
 
 
-def _grid(m: int, n: int, t: Tiles) -> int:
+@planned
+def _weight_gradient_parts(g: Geometry) -> tuple[list[tuple[Launch, tuple[int, int, int]]], int]:
+    """Launches one after the other, each with the shape of its spans' sums, and how many spans are a block."""
+    m, per, depth = g.out_channels // g.groups, g.channels // g.groups, g.batch * g.pixels
+    n, oc = g.taps * per, g.out_channels
+    t = pick("weight_gradient", m, n, depth, batch=g.groups, taps=g.taps)
+    programs = _programs(m, n, t)
+    span = span_of(depth, g.groups * programs)
+    blocks, each = blocks_of(depth, span), BLOCK.value // span
+    at_once = max(1, _PARTIAL // (g.groups * m * n * each)) * each
+    place = (g.pixels * oc, 1, oc, *g.stride, *g.padding, *g.dilation, g.kernel[1])
+    parts = []
+    for skip in range(0, blocks, at_once):
+        there = min(at_once, blocks - skip)
+        numbers = (m, n, depth, there, skip, per, *g.spatial, g.out[1], g.pixels, *_last_strides(g), *place)
+        constants = (g.pixels % t.k == 0, span, math.gcd(m, 16), math.gcd(per, 16), t.m, t.n, t.k)
+        grid = (programs, g.groups * there)
+        launch = Launch(kernels.weight_gradient, grid, numbers, constants, t.warps, t.stages)
+        parts.append((launch, (g.groups, there, m * n)))
+    return parts, each
+
+
+def _last_strides(g: Geometry) -> tuple[int, int, int, int]:
+    """Strides of an input in channels-last order."""
+    return g.spatial[0] * g.spatial[1] * g.channels, 1, g.spatial[1] * g.channels, g.channels
+
+
+def _depthwise_weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
+    each = BLOCK.value // SEGMENT.value
+    segments = blocks_of(g.batch * g.pixels, SEGMENT.value)
+    sums = x.new_zeros(blocks_of(segments, each) * each, g.taps, g.channels)
+    _depthwise_segments(g)(x, dy, sums)
+    folded = fold(fold(sums.view(-1, each, g.taps * g.channels))[None])
+    return folded.view(g.taps, g.channels).t().reshape(g.channels, 1, *g.kernel)
+
+
+@planned
+def _depthwise_segments(g: Geometry) -> Launch:
+    depth, c, oc = g.batch * g.pixels, g.channels, g.out_channels
+    t = pick("depthwise", c)
+    place = (g.pixels * oc, 1, g.out[1] * oc, oc, *g.stride, *g.padding, *g.dilation, g.kernel[1])
+    numbers = (depth, c, *g.spatial, g.out[1], g.pixels, *_last_strides(g), *place)
+    grid = (blocks_of(c, 32), blocks_of(blocks_of(depth, SEGMENT.value), 8), g.taps)
+    return Launch(kernels.depthwise_weight_gradient, grid, numbers, (8, 32), t.warps, t.stages)
+
+
+def _strips(kernel: object, n: int, numbers: tuple[int, ...], t: Tiles) -> Launch:
+    """A launch over n elements in strips."""
+    return Launch(kernel, (blocks_of(n, t.width),), numbers, (t.width,), t.warps, t.stages)
+
+
+def _programs(m: int, n: int, t: Tiles) -> int:
     return blocks_of(m, t.m) * blocks_of(n, t.n)
-
-
-def _tiles(t: Tiles) -> dict[str, int | bool]:
-    return {"BM": t.m, "BN": t.n, "BK": t.k, **launch_options(t)}

@@ -5,15 +5,34 @@ Operands are fp32. What these functions do not take is composed of single operat
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import cuda_fused_kernels as kernels
-from .cuda import blocks_of, launch_options, pick, sum_middle
+from .cuda import sum_middle, words_of
 from .cuda_kernels import SUM_BLOCK
+from .launch import Launch
+from .plans import planned
+from .tiles import blocks_of, pick
 
 _MANY = 4096  # rows that keep a device busy two by two
 ACTIVATIONS = ("gelu", "gelu by tanh", "silu", "sigmoid")
+
+
+@planned
+def _rows(kernel: str, rows: int, numbers: tuple[int | float, ...], constants: tuple[int | bool, ...]) -> Launch:
+    """A launch over rows, one or two to a program."""
+    t, u = pick("rows", rows), _units(rows)
+    return Launch(getattr(kernels, kernel), (blocks_of(rows, u),), numbers, (*constants, u), t.warps, t.stages)
+
+
+@planned
+def _strips(kernel: str, n: int, numbers: tuple[int, ...], constants: tuple[int | bool, ...]) -> Launch:
+    """A launch over n elements in strips."""
+    t = pick("elementwise", n)
+    return Launch(getattr(kernels, kernel), (blocks_of(n, t.width),), numbers, (*constants, t.width), t.warps, t.stages)
 
 
 def _units(count: int) -> int:
@@ -35,20 +54,18 @@ def takes_channels(x: Tensor) -> bool:
 def softmax(x: Tensor, *, log: bool) -> Tensor:
     """Over the last dimension; see `reductions.softmax` and `log_softmax`."""
     x = x.contiguous()
-    out, rows = torch.empty_like(x), x.numel() // x.shape[-1]
-    t = pick("rows", rows)
-    u = _units(rows)
-    kernels.softmax[(blocks_of(rows, u),)](x, out, rows, x.shape[-1], LOG=log, U=u, **launch_options(t))
+    out, length = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // length
+    _rows("softmax", rows, (rows, length), (log,))(x, out)
     return out
 
 
 def softmax_backward(dy: Tensor, y: Tensor, *, log: bool) -> Tensor:
     """Over the last dimension."""
     dy, y = dy.contiguous(), y.contiguous()
-    out, rows = torch.empty_like(y), y.numel() // y.shape[-1]
-    t = pick("rows", rows)
-    u = _units(rows)
-    kernels.softmax_backward[(blocks_of(rows, u),)](dy, y, out, rows, y.shape[-1], LOG=log, U=u, **launch_options(t))
+    out, length = torch.empty_like(y), y.shape[-1]
+    rows = y.numel() // length
+    _rows("softmax_backward", rows, (rows, length), (log,))(dy, y, out)
     return out
 
 
@@ -57,15 +74,11 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, means and inverse deviations (``[rows]``) of rows of a length; see `normalization.layer_norm`."""
     x, rows = x.contiguous(), x.numel() // length
-    out, moments = torch.empty_like(x), x.new_empty(2, rows)
-    t = pick("rows", rows)
-    u = _units(rows)
-    kernels.layer_norm[(blocks_of(rows, u),)](
-        *(x, _dense(weight, x), _dense(bias, x), out, moments[0], moments[1], rows, length, float(length), eps),
-        **{"WEIGHT": weight is not None, "BIAS": bias is not None, "U": u},
-        **launch_options(t),
-    )
-    return out, moments[0], moments[1]
+    out, means, inverses = torch.empty_like(x), x.new_empty(rows), x.new_empty(rows)
+    numbers = (rows, length, float(length), float(eps))
+    launch = _rows("layer_norm", rows, numbers, (weight is not None, bias is not None))
+    launch(x, _dense(weight, x), _dense(bias, x), out, means, inverses)
+    return out, means, inverses
 
 
 def layer_norm_backward(
@@ -74,46 +87,55 @@ def layer_norm_backward(
     """Gradients of the input, and of weight and bias (``[length]``)."""
     dy, x, rows = dy.contiguous(), x.contiguous(), x.numel() // length
     out, products = torch.empty_like(x), torch.empty_like(x)
-    t = pick("rows", rows)
-    u = _units(rows)
-    kernels.layer_norm_backward[(blocks_of(rows, u),)](
-        *(dy, x, mean.contiguous(), inverse.contiguous(), _dense(weight, x), out, products),
-        *(rows, length, float(length)),
-        **{"WEIGHT": weight is not None, "U": u},
-        **launch_options(t),
-    )
+    launch = _rows("layer_norm_backward", rows, (rows, length, float(length)), (weight is not None,))
+    launch(dy, x, mean.contiguous(), inverse.contiguous(), _dense(weight, x), out, products)
     return out, sum_middle(products.view(1, rows, length))[0], sum_middle(dy.view(1, rows, length))[0]
 
 
 class _Channels:
     """Sizes of ``[N, C, *]`` whose moments are taken for each channel."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.channels = x.shape[1]
-        self.inner = x[0, 0].numel()
-        self.rows = x.shape[0] * self.inner
+    def __init__(self, images: int, channels: int, inner: int) -> None:
+        self.channels, self.inner, self.rows = channels, inner, images * inner
         self.blocks = blocks_of(self.rows, SUM_BLOCK.value)
-        self.units = self.channels * self.blocks
-        self.tiles = pick("rows", self.units)
+        self.units = channels * self.blocks
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Channels:
+        return _channels(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
 
     def sums(
         self, x: Tensor, kind: int, dy: Tensor, means: Tensor, inverses: Tensor, weight: Tensor | None = None
     ) -> Tensor:
+        """What `channel_sums` makes."""
         out = x.new_empty(4 if kind == 2 else 1, self.units)
-        u = _units(self.units)
-        kernels.channel_sums[(blocks_of(self.units, u),)](
-            *(x, dy, means, inverses, _dense(weight, x), out),
-            *(self.channels, self.inner, self.rows, self.blocks, self.units),
-            **{"KIND": kind, "WEIGHT": weight is not None, "U": u},
-            **launch_options(self.tiles),
-        )
+        numbers = (self.channels, self.inner, self.rows, self.blocks, self.units)
+        launch = _rows("channel_sums", self.units, numbers, (kind, weight is not None))
+        launch(x, dy, means, inverses, _dense(weight, x), out)
         return out
+
+    def per_channel(self, kernel: str, numbers: tuple[int | float, ...], constants: tuple[int | bool, ...]) -> Launch:
+        """A launch of a program for each channel."""
+        return _per_channel(kernel, self.channels, self.units, numbers, constants)
+
+
+@planned
+def _channels(images: int, channels: int, inner: int) -> _Channels:
+    return _Channels(images, channels, inner)
+
+
+@planned
+def _per_channel(
+    kernel: str, channels: int, units: int, numbers: tuple[int | float, ...], constants: tuple[int | bool, ...]
+) -> Launch:
+    t = pick("rows", units)
+    return Launch(getattr(kernels, kernel), (channels,), numbers, (*constants, 1), t.warps, t.stages)
 
 
 def channel_sum(x: Tensor) -> Tensor:
     """Sums over all dimensions but the second."""
     x = x.contiguous()
-    c = _Channels(x)
+    c = _Channels.of(x)
     return sum_middle(c.sums(x, 0, x, x, x).view(c.channels, c.blocks, 1)).view(-1)
 
 
@@ -136,28 +158,23 @@ def batch_norm(
         eps: added to variances.
     """
     x = x.contiguous()
-    c, moments = _Channels(x), x.new_empty(2, x.shape[1])
-    means, inverses = moments[0], moments[1]
+    c, means, inverses = _Channels.of(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    unbias = c.rows / max(1, c.rows - 1)
+    numbers = (c.channels, c.blocks, float(c.rows), float(eps), float(momentum), 1.0 - momentum, unbias)
     for kind in (0, 1):
         partial = c.sums(x, kind, x, means, inverses)
-        kernels.channel_moments[(c.channels,)](
-            *(partial, means, inverses, *(running or (means, means)), c.channels, c.blocks, float(c.rows), eps),
-            *(float(momentum), 1.0 - momentum, c.rows / max(1, c.rows - 1)),
-            **{"KIND": kind, "RUNNING": running is not None, "U": 1},
-            **launch_options(c.tiles),
-        )
+        launch = c.per_channel("channel_moments", numbers, (kind, running is not None))
+        launch(partial, means, inverses, *(running or (means, means)))
     return normalize(x, means, inverses, weight, bias), means, inverses
 
 
 def normalize(x: Tensor, means: Tensor, inverses: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """``(x - mean) * inverse * weight + bias`` for each channel."""
     x = x.contiguous()
-    out, t = torch.empty_like(x), pick("elementwise", x.numel())
-    kernels.normalize_channels[(blocks_of(x.numel(), t.width),)](
-        *(x, means, inverses, _dense(weight, x), _dense(bias, x), out, x.numel(), x.shape[1], x[0, 0].numel()),
-        **{"WEIGHT": weight is not None, "BIAS": bias is not None, "W": t.width},
-        **launch_options(t),
-    )
+    out, n, c = torch.empty_like(x), x.numel(), _Channels.of(x)
+    constants = (weight is not None, bias is not None)
+    launch = _strips("normalize_channels", n, (n, c.channels, c.inner), constants)
+    launch(x, means, inverses, _dense(weight, x), _dense(bias, x), out)
     return out
 
 
@@ -166,40 +183,55 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the weight and the bias in training."""
     dy, x = dy.contiguous(), x.contiguous()
-    c, found, out = _Channels(x), x.new_empty(4, x.shape[1]), torch.empty_like(x)
+    c, found, out, n = _Channels.of(x), x.new_empty(4, x.shape[1]), torch.empty_like(x), x.numel()
     partial = c.sums(x, 2, dy, means, inverses, weight)
-    kernels.channel_gradients[(c.channels,)](
-        partial, found, c.channels, c.blocks, float(c.rows), U=1, **launch_options(c.tiles)
-    )
-    t = pick("elementwise", x.numel())
-    kernels.normalize_channels_backward[(blocks_of(x.numel(), t.width),)](
-        *(dy, x, means, inverses, _dense(weight, x), found, out, x.numel(), c.channels, c.inner),
-        **{"WEIGHT": weight is not None, "W": t.width},
-        **launch_options(t),
-    )
+    c.per_channel("channel_gradients", (c.channels, c.blocks, float(c.rows)), ())(partial, found)
+    launch = _strips("normalize_channels_backward", n, (n, c.channels, c.inner), (weight is not None,))
+    launch(dy, x, means, inverses, _dense(weight, x), found, out)
     return out, found[2], found[3]
 
 
 def activation(name: str, x: Tensor) -> Tensor:
     """One of `ACTIVATIONS`; keeps the memory format."""
-    out = torch.empty_like(x)
+    out, n = torch.empty_like(x), x.numel()
     x = x if out.stride() == x.stride() else torch.empty_like(out).copy_(x)
-    t = pick("elementwise", x.numel())
-    kernels.activation[(blocks_of(x.numel(), t.width),)](
-        x, out, x.numel(), WHICH=ACTIVATIONS.index(name), W=t.width, **launch_options(t)
-    )
+    _strips("activation", n, (n,), (ACTIVATIONS.index(name),))(x, out)
     return out
 
 
 def activation_backward(name: str, dy: Tensor, x: Tensor) -> Tensor:
     """Its gradient, of the operand, or for ``sigmoid`` of the result."""
-    out = torch.empty_like(x)
+    out, n = torch.empty_like(x), x.numel()
     x, dy = (v if out.stride() == v.stride() else torch.empty_like(out).copy_(v) for v in (x, dy))
-    t = pick("elementwise", x.numel())
-    kernels.activation_backward[(blocks_of(x.numel(), t.width),)](
-        dy, x, out, x.numel(), WHICH=ACTIVATIONS.index(name), W=t.width, **launch_options(t)
-    )
+    _strips("activation_backward", n, (n,), (ACTIVATIONS.index(name),))(dy, x, out)
     return out
+
+
+def dropout(x: Tensor, key: int, keep: float) -> tuple[Tensor, Tensor]:
+    """Result and mask of a dense tensor in row-major order; see `random.dropout`."""
+    out, kept = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+    _dropout(x.numel(), keep)(x, out, kept, free=words_of(key))
+    return out, kept
+
+
+@planned
+def _dropout(n: int, keep: float) -> Launch:
+    t = pick("plain", n)
+    strip = max(1, t.width // 4)
+    return Launch(kernels.dropout, (blocks_of(n, 4 * strip),), (keep, n), (strip,), t.warps, t.stages)
+
+
+def dropout_backward(dy: Tensor, kept: Tensor, keep: float) -> Tensor:
+    """The gradient of dense tensors in row-major order."""
+    out = torch.empty_like(dy)
+    _dropout_backward(dy.numel(), keep)(dy, kept, out)
+    return out
+
+
+@planned
+def _dropout_backward(n: int, keep: float) -> Launch:
+    t = pick("plain", n)
+    return Launch(kernels.dropout_backward, (blocks_of(n, t.width),), (keep, n), (t.width,), t.warps, t.stages)
 
 
 def _dense(parameter: Tensor | None, like: Tensor) -> Tensor:

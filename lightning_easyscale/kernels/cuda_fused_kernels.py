@@ -351,3 +351,30 @@ def activation_backward(dy, x, out, n, WHICH: tl.constexpr, W: tl.constexpr):
     else:
         made = (g * (1.0 - v)) * v
     tl.store(out + at, made, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["key_low", "key_high", "n"])
+def dropout(x, out, kept, key_low, key_high, keep, n, W: tl.constexpr):
+    """Dropout of 4 W elements, of which the part `keep` is kept, and which those are."""
+    group = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    w0, w1, w2, w3 = functions.philox(group, key_low, key_high)
+    word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    at = tl.program_id(0).to(tl.int64) * (4 * W) + tl.arange(0, 4 * W)
+    chosen = functions.uniform_of(word) < keep
+    y = tl.load(x + at, mask=at < n, other=0.0) * _noise(chosen, keep)
+    tl.store(out + at, y, mask=at < n)
+    tl.store(kept + at, chosen, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def dropout_backward(dy, kept, out, keep, n, W: tl.constexpr):
+    """The gradient of W elements."""
+    at = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    chosen = tl.load(kept + at, mask=at < n, other=0) != 0
+    tl.store(out + at, tl.load(dy + at, mask=at < n, other=0.0) * _noise(chosen, keep), mask=at < n)
+
+
+@triton.jit
+def _noise(chosen, keep):
+    ones = tl.where(chosen, 1.0, 0.0)
+    return functions.divide(ones, tl.full(ones.shape, keep, tl.float32))

@@ -22,12 +22,13 @@ SUM_BLOCK: tl.constexpr = tl.constexpr(4096)
 
 @triton.jit(do_not_specialize=["m", "n", "k", "blocks"])
 def matmul(
-    a, b, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, SPAN: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, b, base, out, m, n, k, blocks, ab, am, ak, bb, bk, bn, cb, cm, cn, BASE: tl.constexpr, SPAN: tl.constexpr,
+    COLS: tl.constexpr, DEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of the sum of SPAN values of k, a block or a segment: ``out[batch, span, m, n]``.
 
-    Grid (tiles, batch * blocks), where `blocks` is the number of spans. `COLS` divides n, `DEEP` divides k.
+    Grid (tiles, batch * blocks), where `blocks` is the number of spans. `COLS` divides n, `DEEP` divides k. With
+    `BASE`, of one span, the sum is added to `base`.
     """
     n, k = n // COLS * COLS, k // DEEP * DEEP
     columns = tl.cdiv(n, BN)
@@ -50,6 +51,9 @@ def matmul(
             total += chain
             chain = tl.zeros([BM, BN], tl.float32)
     total += chain
+    if BASE:
+        start_at = base + batch * cb + rows[:, None] * cm + cols[None, :] * cn
+        total = tl.load(start_at, mask=a_mask & b_mask, other=0.0) + total
     where = tl.program_id(1).to(tl.int64) * m * n + rows[:, None] * n + cols[None, :]
     tl.store(out + where, total, mask=a_mask & b_mask)
 
@@ -108,6 +112,16 @@ def unary(x, out, n, WHICH: tl.constexpr, W: tl.constexpr):
         y = functions.erf(v)
     else:
         y = functions.square_root(v)
+    tl.store(out + at, y, mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def quotient(x, out, number, n, REVERSED: tl.constexpr, W: tl.constexpr):
+    """W elements divided by a number, or the number by them."""
+    at = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
+    v = tl.load(x + at, mask=at < n, other=1.0)
+    other = tl.full([W], number, tl.float32)
+    y = functions.divide(other, v) if REVERSED else functions.divide(v, other)
     tl.store(out + at, y, mask=at < n)
 
 

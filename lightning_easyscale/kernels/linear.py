@@ -9,13 +9,15 @@ from . import primitives
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of two batched matrices, in their type."""
+    """``a @ b`` of two matrices or of batches of them, in their type."""
+    if a.dtype == b.dtype == torch.float32:
+        return primitives.matmul(a, b)
     return primitives.matmul(a.float(), b.float()).to(torch.promote_types(a.dtype, b.dtype))
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``[m, k] @ [k, n]``."""
-    return _product(a[None], b[None])[0]
+    return _product(a, b)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -42,6 +44,8 @@ def _scaled(base: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
 
 def addmm(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * base + alpha * (a @ b)``: the product is rounded to its type first."""
+    if beta == 1 and alpha == 1 and (made := primitives.sum_with_matmul(base, a, b)) is not None:
+        return made
     return _scaled(base, mm(a, b), beta, alpha)
 
 
@@ -52,4 +56,6 @@ def addmv(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 def baddbmm(base: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """As `addmm`, batched."""
+    if beta == 1 and alpha == 1 and (made := primitives.sum_with_matmul(base, a, b)) is not None:
+        return made
     return _scaled(base, bmm(a, b), beta, alpha)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+_Last = tuple[Any, ...]  # the last operation of a sequence, and its operands
 
 
 def _times(xs: Any, value: Any) -> Any:
@@ -22,52 +23,59 @@ def _times(xs: Any, value: Any) -> Any:
     return xs if isinstance(value, (int, float)) and value == 1 else torch._foreach_mul(xs, value)
 
 
-def _add(xs: Tensors, other: Any, alpha: float = 1) -> Any:
-    return torch._foreach_add(xs, _times(other, alpha))
+def _add(xs: Tensors, other: Any, alpha: float = 1) -> _Last:
+    return "add", xs, _times(other, alpha)
 
 
-def _sub(xs: Tensors, other: Any, alpha: float = 1) -> Any:
-    return torch._foreach_sub(xs, _times(other, alpha))
+def _sub(xs: Tensors, other: Any, alpha: float = 1) -> _Last:
+    return "sub", xs, _times(other, alpha)
 
 
-def _addcmul(xs: Tensors, a: Tensors, b: Tensors, value: Any = 1) -> Any:
-    return torch._foreach_add(xs, torch._foreach_mul(_times(a, value), b))
+def _div(xs: Tensors, other: Any) -> _Last:
+    return "div", xs, other
 
 
-def _addcdiv(xs: Tensors, a: Tensors, b: Tensors, value: Any = 1) -> Any:
-    return torch._foreach_add(xs, torch._foreach_div(_times(a, value), b))
+def _addcmul(xs: Tensors, a: Tensors, b: Tensors, value: Any = 1) -> _Last:
+    return "add", xs, torch._foreach_mul(_times(a, value), b)
 
 
-def _lerp(xs: Tensors, ends: Tensors, weight: float) -> Any:
-    xs, ends = list(xs), list(ends)
+def _addcdiv(xs: Tensors, a: Tensors, b: Tensors, value: Any = 1) -> _Last:
+    return "add", xs, torch._foreach_div(_times(a, value), b)
+
+
+def _lerp(xs: Tensors, ends: Tensors, weight: float) -> _Last:
     away = torch._foreach_sub(ends, xs)
     if abs(weight) < 0.5:
-        return torch._foreach_add(xs, torch._foreach_mul(away, weight))
-    return torch._foreach_sub(ends, torch._foreach_mul(away, 1 - weight))
+        return "add", xs, torch._foreach_mul(away, weight)
+    return "sub", ends, torch._foreach_mul(away, 1 - weight)
 
 
-_TOGETHER: dict[str, Callable[..., Any]] = {
+def _sqrt(xs: Tensors) -> _Last:
+    return "sqrt", xs
+
+
+_TOGETHER: dict[str, Callable[..., _Last]] = {
     "add": _add,
     "sub": _sub,
-    "div": torch._foreach_div,
+    "div": _div,
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
     "lerp": _lerp,
-    "sqrt": torch._foreach_sqrt,
+    "sqrt": _sqrt,
 }
 
 
 def _can_be_together(name: str, operands: Sequence[Any]) -> bool:
-    device: torch.device | None = None
+    devices: set[torch.device] = set()
     for operand in operands:
         if isinstance(operand, (list, tuple)) and operand and isinstance(operand[0], Tensor):
-            device = device or operand[0].device
-            if any(x.dtype != torch.float32 or x.device != device for x in operand):
+            if {x.dtype for x in operand} != {torch.float32}:
                 return False
+            devices.update([x.device for x in operand])
         elif isinstance(operand, Tensor) or (name == "lerp" and isinstance(operand, (list, tuple))):
             return False
     # The CPU's square root is not exact.
-    return device is not None and (name != "sqrt" or device.type == "cuda")
+    return len(devices) == 1 and (name != "sqrt" or devices.pop().type == "cuda")
 
 
 def on_lists(name: str, function: Callable[..., Tensor], *, in_place: bool) -> Callable[..., Any]:
@@ -83,7 +91,11 @@ def on_lists(name: str, function: Callable[..., Tensor], *, in_place: bool) -> C
             *args, kwargs["value"] = args  # type: ignore[assignment]
         together = _TOGETHER.get(name)
         if together is not None and _can_be_together(name, [tensors, *args, *kwargs.values()]):
-            results = together(tensors, *args, **kwargs)
+            last, *operands = together(tensors, *args, **kwargs)
+            if in_place and operands[0] is tensors:
+                getattr(torch, f"_foreach_{last}_")(*operands)
+                return None
+            results = getattr(torch, f"_foreach_{last}")(*operands)
         else:
             results = [
                 function(x, *(_of(v, i) for v in args), **{k: _of(v, i) for k, v in kwargs.items()})

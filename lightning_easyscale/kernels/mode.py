@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ _FOREACH = "aten::_foreach_"
 # Operations of the format that torch's kernels compute exactly on whole numbers, with a whole result.
 _WHOLE = frozenset(f"aten::{name}" for name in ("add", "sub", "rsub", "index_add", "scatter_add", "index_put"))
 _WIDE = (torch.float64, torch.complex64, torch.complex128)
+_NARROW = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class UnvettedOperationError(RuntimeError):
@@ -55,30 +55,51 @@ def _single(name: str) -> str:
     return "aten::linalg_vector_norm" if single == "norm" else f"aten::{single}"
 
 
-@cache
-def _plan(func: Any) -> tuple[str, Callable[..., Any] | None]:
-    """The name of an operation and what computes it, None for torch's own kernel.
+class _Plan(NamedTuple):
+    """What is done when an operation is called.
 
-    Raises:
-        UnvettedOperationError: for an operation that is not on the list.
+    Args:
+        name: of the operation, without overload.
+        torchs: torch's own kernel.
+        function: what computes it instead, None for torch's kernel.
+        refusal: why it is refused, if it is.
     """
+
+    name: str
+    torchs: Callable[..., Any]
+    function: Callable[..., Any] | None = None
+    refusal: str = ""
+
+
+# By the overload's id, as its hash is Python code; overloads live as long as the process.
+_plans: dict[int, _Plan] = {}
+
+
+def _plan(func: Any) -> _Plan:
     name = func._schema.name
-    if not name.startswith("aten::") or func.is_view:
-        return name, None
-    if name in REPLACED:
-        return name, REPLACED[name]
+    torchs = func._op if type(func) is torch._ops.OpOverload else func
     base = name.removesuffix("_")
-    if name in EXACT or base in EXACT:
-        return name, None
-    if base in REPLACED:
-        return name, _in_place(REPLACED[base])
-    if name.startswith(_FOREACH) and how_covered(name):
+    plan = _Plan(name, torchs)
+    if not name.startswith("aten::") or func.is_view:
+        pass
+    elif name in REPLACED:
+        plan = _Plan(name, torchs, REPLACED[name])
+    elif name in EXACT or base in EXACT:
+        pass
+    elif base in REPLACED:
+        plan = _Plan(name, torchs, _in_place(REPLACED[base]))
+    elif name.startswith(_FOREACH) and how_covered(name):
         single = _single(name)
-        return name, on_lists(single.removeprefix("aten::"), REPLACED[single], in_place=name.endswith("_"))
-    raise UnvettedOperationError(
-        f"`{name}` is not on the list of operations whose bits D2's `portable` policy vouches for."
-        f" HINT: replace it, or accept its bits with `allow=[{name!r}]`."
-    )
+        function = on_lists(single.removeprefix("aten::"), REPLACED[single], in_place=name.endswith("_"))
+        plan = _Plan(name, torchs, function)
+    else:
+        refusal = (
+            f"`{name}` is not on the list of operations whose bits D2's `portable` policy vouches for."
+            f" HINT: replace it, or accept its bits with `allow=[{name!r}]`."
+        )
+        plan = _Plan(name, torchs, refusal=refusal)
+    _plans[id(func)] = plan
+    return plan
 
 
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -105,25 +126,29 @@ class PortableMode(TorchDispatchMode):
         self.audit = audit
         self.seen: Counter[str] = Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by torch: whether to turn its compiler off around each operation, for some microseconds.
+
+        There is nothing to turn off: compiled modules are refused under D2.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute one operation."""
+        name, torchs, function, refusal = _plans.get(id(func)) or _plan(func)
         kwargs = kwargs or {}
-        if get_worker_info() is not None:
-            return func(*args, **kwargs)
-        name = func._schema.name
         if self.audit:
             self.seen[name] += 1
-        if name in self.allow:
-            return func(*args, **kwargs)
-        try:
-            function = _plan(func)[1]
-        except UnvettedOperationError:
+        if (function is None and not refusal) or get_worker_info() is not None or name in self.allow:
+            return torchs(*args, **kwargs)
+        if function is None:
             tensors = _tensors(args, kwargs)
             if self.audit or (tensors and not any(x.is_floating_point() or x.is_complex() for x in tensors)):
-                return func(*args, **kwargs)  # whole numbers are exact in any order
-            raise
-        if function is None or _untouched(args, kwargs, name):
-            return func(*args, **kwargs)
+                return torchs(*args, **kwargs)  # whole numbers are exact in any order
+            raise UnvettedOperationError(refusal)
+        if _untouched(args, kwargs, name):
+            return torchs(*args, **kwargs)
         out = kwargs.pop("out", None) if "out" in kwargs else None
         made = function(*args, **kwargs)
         if out is None:
@@ -136,8 +161,11 @@ def _untouched(args: Any, kwargs: Any, name: str) -> bool:
     if name in RANDOM:
         return False
     leaves = _tensors(args, kwargs)
+    types = {x.dtype for x in leaves}
     if any(x.is_meta for x in leaves):
         return True
+    if types <= _NARROW:
+        return False
     wide = [x for x in leaves if x.dtype in _WIDE and x.dim() > 0]
     if wide:
         raise NotImplementedError(
@@ -154,8 +182,8 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(x for x in value if isinstance(x, Tensor))
+        elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+            found.extend([x for x in value if isinstance(x, Tensor)])
     return found
 
 

@@ -46,7 +46,7 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``aten::native_layer_norm``: result, mean and inverse deviation."""
     dims = list(range(x.dim() - len(shape), x.dim()))
-    count = max(1, x[(0,) * (x.dim() - len(shape))].numel()) if x.numel() else 1
+    count = math.prod(shape) or 1
     if (fused := primitives.fused(x)) is not None and x.numel() and fused.takes_rows(count):
         made, mean, inverse = fused.layer_norm(x.float(), count, weight, bias, eps)
         kept = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))

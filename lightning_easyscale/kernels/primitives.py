@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def _backend(x: Tensor) -> ModuleType:
     if x.device.type == "cpu":
@@ -46,17 +48,28 @@ def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """Products ``a[i] @ b[i]`` of the format.
 
     Args:
-        a: ``[batch, m, k]``, any strides.
-        b: ``[batch, k, n]``, any strides.
-        into: contiguous ``[batch, m, n]`` that holds the sum of the blocks of k before these ones; continued in place.
-            Only if those were whole blocks has the result the bits of one product.
+        a: ``[m, k]`` or ``[batch, m, k]``, any strides.
+        b: ``[k, n]`` or ``[batch, k, n]``, any strides.
+        into: contiguous, as the result; holds the sum of the blocks of k before these ones; continued in place. Only if
+            those were whole blocks has the result the bits of one product.
 
     Returns:
-        ``[batch, m, n]``, contiguous.
+        ``[m, n]`` or ``[batch, m, n]``, contiguous.
     """
-    if 0 in (a.shape[0], a.shape[1], b.shape[2]) or a.shape[2] == 0:
-        return a.new_zeros(a.shape[0], a.shape[1], b.shape[2]) if into is None else into
+    if a.numel() == 0 or b.numel() == 0:
+        return a.new_zeros(*a.shape[:-1], b.shape[-1]) if into is None else into
     return _backend(a).matmul(a, b, into)
+
+
+def sum_with_matmul(base: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """``base + a @ b`` of fp32 tensors as one kernel, where there is one; `base` may be broadcast."""
+    if a.device.type != "cuda" or not base.dtype == a.dtype == b.dtype == torch.float32:
+        return None
+    shape = torch.Size((*a.shape[:-1], b.shape[-1]))
+    if a.numel() == 0 or b.numel() == 0 or base.dim() > len(shape):
+        return None
+    made: Tensor = _backend(a).matmul(a, b, base=base if base.shape == shape else base.expand(shape))
+    return made
 
 
 def sum_middle(x: Tensor) -> Tensor:
@@ -73,6 +86,19 @@ def unary(name: str, x: Tensor) -> Tensor:
     made = torch.empty_like(x)  # dense, with the strides that torch gives the result
     dense = x if made.stride() == x.stride() else made.copy_(x)
     return _backend(x).unary(name, dense)
+
+
+def quotient(a: Tensor | float, b: Tensor | float) -> Tensor | None:
+    """``a / b`` of an fp32 tensor and a number as one kernel, where there is one."""
+    x, number = (a, b) if isinstance(a, Tensor) else (b, a)
+    if isinstance(number, Tensor) or not isinstance(x, Tensor) or not isinstance(number, (int, float)):
+        return None
+    if x.device.type != "cuda" or x.dtype != torch.float32 or x.numel() == 0:
+        return None
+    if not -_LARGEST <= number <= _LARGEST or number != float(number):
+        return None  # torch refuses a larger one, and rounds a longer one once
+    made: Tensor = _backend(x).quotient(x, float(number), of_number=x is b)
+    return made
 
 
 def random(kind: str, key: int, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ with torch's own kernels, which are exact.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,13 +63,26 @@ def dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     """``aten::native_dropout``: result and mask, with the bits of the dropout that torch composes on the CPU."""
     if not (train is None or train) or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    if p != 1 and (fused := _fused(x)) is not None:
+        made: tuple[Tensor, Tensor] = fused.dropout(x, _key(None), 1 - p)
+        return made
     kept = _chosen(x, 1 - p, None)
     return (torch.zeros_like(x) if p == 1 else x * _noise(kept, 1 - p, x.dtype)), kept
 
 
 def dropout_backward(dy: Tensor, mask: Tensor, scale: float) -> Tensor:
     """``aten::native_dropout_backward``."""
+    if scale != 0 and mask.dtype == torch.bool and (fused := _fused(dy, mask)) is not None:
+        made: Tensor = fused.dropout_backward(dy, mask, 1 / scale)
+        return made
     return torch.zeros_like(dy) if scale == 0 else dy * _noise(mask, 1 / scale, dy.dtype)
+
+
+def _fused(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """The module that computes dropout as one kernel, where it takes these operands."""
+    if x.dtype != torch.float32 or x.numel() == 0 or not all(v.is_contiguous() for v in (x, *others)):
+        return None
+    return primitives.fused(x)
 
 
 def made(kind: str) -> Callable[..., Tensor]:

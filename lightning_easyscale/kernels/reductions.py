@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,21 +36,46 @@ def tree_sum(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
         return torch.sum(x, _dims(x, dim), keepdim=keepdim, dtype=dtype)
     if x.dim() == 0:
         return x.to(dtype or x.dtype, copy=True)
-    dims = _dims(x, dim)
-    kept = [d for d in range(x.dim()) if d not in dims]
-    shape = [x.shape[d] for d in kept]
-    rows = math.prod(x.shape[d] for d in dims)
+    s = _summed(x.shape, tuple(_dims(x, dim)))
     wide = x.float() if x.dtype != torch.float64 else x
-    if x.is_contiguous() and dims == list(range(dims[0], dims[-1] + 1)):
-        outer = math.prod(x.shape[: dims[0]])
-        made = primitives.sum_middle(wide.reshape(outer, rows, math.prod(x.shape[dims[-1] + 1 :])))
-    elif kept == [1] and (fused := primitives.fused(x)) is not None and fused.takes_channels(x):
+    if s.middle is not None and x.is_contiguous():
+        made = primitives.sum_middle(wide.reshape(s.middle))
+    elif s.kept == [1] and (fused := primitives.fused(x)) is not None and fused.takes_channels(x):
         made = fused.channel_sum(wide)
     else:
-        made = primitives.sum_middle(wide.permute(*kept, *dims).reshape(math.prod(shape), rows, 1))
-    if keepdim:
-        shape = [1 if d in dims else x.shape[d] for d in range(x.dim())]
-    return made.view(shape).to(dtype or x.dtype)
+        made = primitives.sum_middle(wide.permute(s.order).reshape(math.prod(s.shape), s.rows, 1))
+    return made.view(s.with_ones if keepdim else s.shape).to(dtype or x.dtype)
+
+
+class _Summed(NamedTuple):
+    """A sum over dimensions of a shape.
+
+    Args:
+        kept: the other dimensions.
+        order: those, then the summed ones.
+        rows: elements of a sum.
+        middle: the shape as one before, of and behind the summed dimensions, if those are neighbours.
+        shape: of the result.
+        with_ones: of the result with the summed dimensions kept.
+    """
+
+    kept: list[int]
+    order: tuple[int, ...]
+    rows: int
+    middle: tuple[int, int, int] | None
+    shape: list[int]
+    with_ones: list[int]
+
+
+@lru_cache(4096)
+def _summed(shape: Sequence[int], dims: tuple[int, ...]) -> _Summed:
+    kept = [d for d in range(len(shape)) if d not in dims]
+    rows = math.prod(shape[d] for d in dims)
+    middle = None
+    if dims == tuple(range(dims[0], dims[-1] + 1)):
+        middle = (math.prod(shape[: dims[0]]), rows, math.prod(shape[dims[-1] + 1 :]))
+    with_ones = [1 if d in dims else size for d, size in enumerate(shape)]
+    return _Summed(kept, (*kept, *dims), rows, middle, [shape[d] for d in kept], with_ones)
 
 
 def product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:

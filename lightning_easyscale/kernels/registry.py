@@ -108,6 +108,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "smooth_l1_loss_backward": losses.smooth_l1_loss_backward,
     "binary_cross_entropy_with_logits": losses.bce_with_logits,
     "add": arithmetic.add,
+    "add_": arithmetic.add_,
     "sub": arithmetic.sub,
     "rsub": arithmetic.rsub,
     "div": arithmetic.divide,

@@ -19,16 +19,17 @@ TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"running_mean", "running_var", "source"}
+POINTERS |= {"base", "running_mean", "running_var", "source"}
 THREADS = 128
-NUMBERS = {"eps", "momentum", "rest", "unbias"}
+NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
 KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
-    (primitives.matmul, {"SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
+    (primitives.matmul, {"BASE": True, "SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
     *((primitives.fold, {"CONTINUE": go_on, "W": 256}, False) for go_on in (True, False)),
     (primitives.sum_middle, {"U": 1, "W": 4}, False),
     *((primitives.unary, {"WHICH": which, "W": 256}, which != 6) for which in range(7)),
+    *((primitives.quotient, {"REVERSED": reverse, "W": 256}, False) for reverse in (True, False)),
     *((primitives.random, {"NORMAL": normal, "W": 128}, normal) for normal in (True, False)),
     (primitives.index_add, {"W": 128}, False),
     (convolutions.forward, GATHERED, True),
@@ -48,6 +49,8 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.normalize_channels, {"WEIGHT": True, "BIAS": True, "W": 256}, False),
     (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
     *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
+    (fused.dropout, {"W": 256}, False),
+    (fused.dropout_backward, {"W": 256}, False),
     *((fused.activation_backward, {"WHICH": which, "W": 256}, which != 3) for which in range(4)),
 ]
 
@@ -64,6 +67,8 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, *, fusion:
             return "constexpr"
         if name in ("index", "order"):
             return "*i64"
+        if name == "kept":
+            return "*i1"
         if name in NUMBERS or (name == "count" and kernel is not primitives.fold):
             return "fp32"
         return "*fp32" if name in POINTERS else "i32"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_easyscale import determinism
-from lightning_easyscale.kernels import UnvettedOperationError, build, how_covered, portable
+from lightning_easyscale.kernels import PortableMode, UnvettedOperationError, build, how_covered, portable
 from lightning_easyscale.kernels.registry import EXACT, REPLACED
 
 from .training import convolutional, transformer
@@ -104,3 +104,50 @@ def test_without_a_compiler_the_refusal_names_the_cure(tmp_path):
     )
     assert "cannot run here" in done.stderr
     assert "HINT" in done.stderr
+
+
+LISTS = {
+    "add": [(2,), ("list",), ("list", {"alpha": 0.3})],
+    "sub": [("list",), ("list", {"alpha": 0.3})],
+    "div": [(3,), ("list",), ([3.0, 7.0, 0.1],)],
+    "addcmul": [("list", "list"), ("list", "list", {"value": 0.3}), ("list", "list", [0.1, 0.2, 0.3])],
+    "addcdiv": [("list", "list", {"value": 0.3}), ("list", "list", [0.1, 0.2, 0.3])],
+    "lerp": [("list", 0.1), ("list", 0.9)],
+    "sqrt": [()],
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "given"), [(name, given) for name, cases in LISTS.items() for given in cases])
+def test_operations_on_lists_in_place_have_the_bits_of_those_that_are_not(name, given, dtype):
+    def tensors(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.rand(n, generator=generator) + 0.1).to(dtype) for n in (1, 7, 30)]
+
+    options = given[-1] if given and isinstance(given[-1], dict) else {}
+    operands = [tensors(i + 1) if v == "list" else v for i, v in enumerate(v for v in given if v is not options)]
+    start, changed = tensors(0), tensors(0)
+    with portable():
+        expected = getattr(torch, f"_foreach_{name}")(start, *operands, **options)
+        getattr(torch, f"_foreach_{name}_")(changed, *operands, **options)
+        single = [getattr(x, name) for x in start]
+        if len(operands) == 1 and isinstance(operands[0], list) and isinstance(operands[0][0], torch.Tensor):
+            one_by_one = [function(y, **options) for function, y in zip(single, operands[0], strict=True)]
+            assert all(torch.equal(x, y) for x, y in zip(one_by_one, expected, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(changed, expected, strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [0.1, 3, torch.arange(4.0), torch.arange(4, dtype=torch.bfloat16), torch.arange(4)])
+def test_an_addition_in_place_has_the_bits_of_one_that_is_not(dtype, other):
+    x = (torch.arange(12) / 7).view(3, 4).to(dtype)
+    for options in ({}, {"alpha": 1 if isinstance(other, torch.Tensor) and other.dtype == torch.int64 else 0.3}):
+        with portable():
+            expected = torch.add(x, other, **options).to(dtype)
+            assert torch.equal(x.clone().add_(other, **options), expected)
+
+
+def test_operations_pay_for_no_switch_of_torchs_compiler():
+    assert not hasattr(PortableMode.__torch_dispatch__, "__wrapped__")
