@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Callback
@@ -165,9 +165,10 @@ class Execution:
 
     @contextmanager
     def _arithmetic(self, trainer: Trainer) -> Iterator[None]:
-        """D2's `portable` kernels for one trainer function: each EST's clone of a callback puts them in force."""
+        """Kernels other than torch's for one trainer function; D2's are put in force by a callback of each EST."""
         if self._strategy.policy != "portable":
-            yield
+            with det.deterministic_replacements() if self._strategy.root_device.type == "cuda" else nullcontext():
+                yield
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callback = next((c for c in callbacks if isinstance(c, PortableKernels)), None)

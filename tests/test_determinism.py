@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.distributed import _suggested_max_num_threads
 
-from lightning_easyscale import determinism
+from lightning_easyscale import EasyScaleStrategy, determinism
 from lightning_easyscale.determinism import (
     CUBLAS_VARIABLE,
     Level,
@@ -20,6 +22,7 @@ from lightning_easyscale.determinism import (
     fingerprint,
     restore,
 )
+from lightning_easyscale.execution import Execution
 
 
 @pytest.mark.parametrize(
@@ -179,3 +182,37 @@ def test_replaced_pooling_runs_under_strict_mode_on_cuda():
             first = gradient("cuda")
             assert torch.equal(first, gradient("cuda"))
     torch.testing.assert_close(first, gradient("cpu"))
+
+
+def test_the_strategy_puts_replacements_in_force_on_cuda():
+    def replaced():
+        return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_adaptive_avg_pool2d_backward", "CUDA")
+
+    before = replaced()
+    for kind, expected in (("cpu", before), ("cuda", True)):
+        strategy = SimpleNamespace(policy="pinned", root_device=torch.device(kind))
+        with Execution(strategy, None, ())._arithmetic(SimpleNamespace(callbacks=[])):
+            assert replaced() == expected
+        assert replaced() == before
+
+
+@pytest.mark.gpu
+def test_a_module_that_pools_trains_on_cuda(tmp_path):
+    class Pools(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(24, 1)
+
+        def training_step(self, batch, index):
+            x = torch.nn.functional.adaptive_avg_pool2d(self.first(batch), (2, 3))
+            return self.last(x.flatten(1)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = pl.Trainer(
+        **{"strategy": EasyScaleStrategy(num_ests=2), "accelerator": "cuda", "devices": 1, "max_steps": 2},
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False},
+    )
+    trainer.fit(Pools(), torch.utils.data.DataLoader(torch.randn(8, 3, 9, 11), batch_size=2))
+    assert trainer.global_step == 2

@@ -1,0 +1,77 @@
+"""`overlap_backward` in a Trainer: whether it takes place, and what is said where it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from lightning_easyscale import EasyScaleStrategy
+from lightning_easyscale import session as sessions
+from lightning_easyscale.kernels import build
+
+ESTS, STEPS = 3, 3
+
+
+class Net(pl.LightningModule):
+    def __init__(self, recomputes: bool = False) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        self.recomputes = recomputes
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        out = checkpoint(self.net, batch, use_reentrant=False) if self.recomputes else self.net(batch)
+        return out.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def switches(module: pl.LightningModule, *, overlap: bool, **options: Any) -> int:
+    """How often the baton changed hands in a fit."""
+    level = options.pop("determinism", "D1")
+    pool = ["cpu", "h100"] if "D2" in level else None
+    strategy = EasyScaleStrategy(
+        num_ests=ESTS, threads_per_est=1, overlap_backward=overlap, determinism=level, pool=pool
+    )
+    trainer = pl.Trainer(
+        **{"strategy": strategy, "accelerator": "cpu", "devices": 1, "max_steps": STEPS, "logger": False},
+        **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, **options},
+    )
+    trainer.fit(module, DataLoader(torch.randn(STEPS * 2 * ESTS * 2, 4), batch_size=2))
+    assert strategy.session is not None
+    return strategy.session.executor.switches
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(sessions, "rank_zero_info", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_all_backwards_but_the_first_and_the_last_ests_are_overlapped(said: list[str], accumulated: int) -> None:
+    options = {"accumulate_grad_batches": accumulated}
+    plain, beside = (switches(Net(), overlap=overlap, **options) for overlap in (False, True))
+    # Away, back for the rest of the backward, and on: two more than one.
+    assert beside - plain == 2 * (ESTS - 1) * (STEPS - 1)
+    assert not said
+
+
+def test_a_backward_that_calls_into_python_is_left_alone(said: list[str]) -> None:
+    plain, beside = (switches(Net(recomputes=True), overlap=overlap) for overlap in (False, True))
+    assert beside == plain
+    assert len(said) == 1
+    assert "`overlap_backward` is left out: backward calls `torch.utils.checkpoint." in said[0]
+
+
+@pytest.mark.skipif(bool(build.why_unavailable()), reason=build.why_unavailable() or "available")
+def test_portable_kernels_are_left_alone(said: list[str]) -> None:
+    plain, beside = (switches(Net(), overlap=overlap, determinism="D1+D2") for overlap in (False, True))
+    assert beside == plain
+    assert said == ["EasyScale: `overlap_backward` is left out: D2's portable kernels are started from Python."]
