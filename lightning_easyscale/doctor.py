@@ -139,6 +139,11 @@ def check_devices(types: Sequence[DeviceType], *, num_ests: int, built_for_cuda:
         )
         cure = 'compare with stock DDP over gloo (`process_group_backend="gloo"`), or with `ordered_allreduce_hook`.'
         found.append(Finding((), what, cure))
+    if cuda and num_ests > len(cuda):
+        what = f"{num_ests} ESTs share {len(cuda)} GPU(s); where a GPU waits for Python, it waits during every backward"
+        found.append(
+            Finding((), what, "`overlap_backward=True`, if the activations of two mini-batches fit (--overlap).")
+        )
     if not cuda and host_cpu().why_not:
         what = f"device types cannot be emulated: {host_cpu().why_not}"
         found.append(Finding((), what, "D2 can be tried on x86-64 Linux only."))
@@ -146,7 +151,13 @@ def check_devices(types: Sequence[DeviceType], *, num_ests: int, built_for_cuda:
 
 
 def bytes_needed(
-    ests: int, *, parameters: float, activations: float, optimizer: str = "adamw", reduction: str = "ddp"
+    ests: int,
+    *,
+    parameters: float,
+    activations: float,
+    optimizer: str = "adamw",
+    reduction: str = "ddp",
+    overlap: bool = False,
 ) -> float:
     """Bytes of a device with that many ESTs in fp32: a lower bound, without workspaces and fragmentation.
 
@@ -157,9 +168,10 @@ def bytes_needed(
         optimizer: one of `STATES`.
         reduction: ``ddp`` keeps the gradients of all ESTs until the last has arrived; ``tree`` at most
             ``2 * floor(log2 ests) + 1`` partial sums.
+        overlap: with `overlap_backward`, the activations of two ESTs.
     """
     copies = ests if reduction == "ddp" else min(ests, 2 * (ests.bit_length() - 1) + 1)
-    return 4 * parameters * (1 + STATES[optimizer] + copies) + activations
+    return 4 * parameters * (1 + STATES[optimizer] + copies) + activations * (2 if overlap and ests > 1 else 1)
 
 
 def most_ests(memory: float, num_ests: int, **model: float | str) -> int:
@@ -215,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-ests", type=int, default=4, help="N (default 4)")
     parser.add_argument("--parameters", type=_amount, help="of the model, for example 25.6M")
     parser.add_argument("--activations", type=_amount, default=0.0, help="bytes of a mini-batch, for example 3GiB")
+    parser.add_argument("--overlap", action="store_true", help="with overlap_backward=True")
     parser.add_argument("--optimizer", choices=sorted(STATES), default="adamw")
     arguments = parser.parse_args(argv)
     if arguments.num_ests < 1:
@@ -231,7 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device, memory = _memory()
         for reduction in ("ddp", "tree"):
             model = {"parameters": arguments.parameters, "activations": arguments.activations}
-            fit = most_ests(memory, arguments.num_ests, optimizer=arguments.optimizer, reduction=reduction, **model)
+            model |= {"overlap": arguments.overlap, "optimizer": arguments.optimizer, "reduction": reduction}
+            fit = most_ests(memory, arguments.num_ests, **model)
             at_least = f"at least {-(-arguments.num_ests // fit)} device(s)" if fit else "a larger device"
             print(
                 f'reduction="{reduction}": {fit} of {arguments.num_ests} ESTs fit on {device}'

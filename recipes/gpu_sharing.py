@@ -197,6 +197,7 @@ class Sharing:
             "overrides": list(conf.overrides),
             "mini_batches": conf.mini_batches,
             "measured_blocks": conf.blocks,
+            "warmup": conf.warmup,
             "threads": self._threads,
             "machine": device_name(self.gpu),
             "torch": torch.__version__,

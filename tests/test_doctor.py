@@ -76,6 +76,13 @@ def test_gpus_of_two_types_break_d1():
     assert "NCCL" in check_devices([H100], num_ests=4, built_for_cuda=True)[0].what
 
 
+def test_overlap_is_suggested_where_ests_share_gpus():
+    (shared,) = check_devices([H100], num_ests=2, built_for_cuda=True)
+    assert "2 ESTs share 1 GPU(s)" in shared.what
+    assert "`overlap_backward=True`" in shared.cure
+    assert not shared.levels
+
+
 def test_a_torch_for_cuda_without_a_gpu_is_told():
     cpu = DeviceType("cpu", "cpu", ("vendor", "AVX2"))
     assert "sees no GPU" in check_devices([cpu], num_ests=2, built_for_cuda=True)[0].what
@@ -89,6 +96,8 @@ def test_memory_grows_by_a_gradient_per_est_or_by_the_tree():
     assert bytes_needed(64, reduction="tree", **model) < bytes_needed(64, **model) / 3
     assert most_ests(bytes_needed(5, **model), 16, **model) == 5
     assert most_ests(1e6, 16, **model) == 0
+    assert bytes_needed(1, overlap=True, **model) == bytes_needed(1, **model)
+    assert bytes_needed(8, overlap=True, **model) - bytes_needed(8, **model) == 1e6
 
 
 def test_the_command_says_what_fits(capsys, monkeypatch):
