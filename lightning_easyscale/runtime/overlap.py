@@ -7,7 +7,8 @@ every EST computes the same bits.
 
 This holds as long as a backward runs no Python but the runtime's, which would find the process in another EST's state.
 So the first backward of an EST is not overlapped but watched: one that calls into Python (an `autograd.Function`, a
-user's hook, a forward that is computed again) is never overlapped. A collective in a later backward is an error.
+user's hook, a forward that is computed again) is never overlapped. Later every `WATCHED`-th is watched too: if it has
+begun to call into Python, it may have done so in another EST's state. That is an error, as is a collective in any.
 
 The cost is memory: the activations of two ESTs at a time.
 """
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .executor import Executor
 
 _OURS = __name__.partition(".")[0]
+WATCHED = 50
 
 
 class BackwardOverlap:
@@ -45,6 +47,7 @@ class BackwardOverlap:
         self._before = before
         self._tell = tell
         self._suits: bool | None = None
+        self._since_watched = 0
         self._watch: _Watch | None = None
         self._handle: RemovableHandle | None = None
         self._aside = False
@@ -55,7 +58,8 @@ class BackwardOverlap:
             self._handle = loss.grad_fn.register_prehook(self._engine_starts)
 
     def _engine_starts(self, grads: Any) -> None:
-        if self._suits:
+        self._since_watched += 1
+        if self._suits and self._since_watched < WATCHED:
             self._before()
             self._aside = self._executor.step_aside(self._rank)
         elif sys.getprofile() is None:
@@ -63,13 +67,24 @@ class BackwardOverlap:
             sys.setprofile(self._watch)
 
     def come_back(self) -> None:
-        """The backward needs the process again, or has ended."""
+        """The backward needs the process again, or has ended.
+
+        Raises:
+            RuntimeError: if it has begun to call into Python.
+        """
         if self._aside:
             self._aside = False
             self._executor.come_back(self._rank)
         if self._watch is not None:
             sys.setprofile(None)
             called, self._watch = self._watch.called, None
+            since, self._since_watched = self._since_watched, 0
+            if called is not None and self._suits:
+                raise RuntimeError(
+                    f"The backward of EST {self._rank} calls `{called}`, which it did not at first: in the last"
+                    f" {since} steps it may have done so in another EST's state, and with other bits. HINT: set"
+                    " `overlap_backward=False`, and go on from a checkpoint from before."
+                )
             self._suits = called is None
             if called is not None:
                 self._tell(f"backward calls `{called}`")

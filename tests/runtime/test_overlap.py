@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_easyscale.runtime import overlap as overlaps
 from lightning_easyscale.runtime.errors import ESTHang
 from lightning_easyscale.runtime.executor import Executor
 from lightning_easyscale.runtime.overlap import BackwardOverlap
@@ -176,6 +177,30 @@ LOSSES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str | None]] = {
 def hooked(x: Tensor, hook: Callable[[Tensor], Any]) -> Tensor:
     x.register_hook(hook)
     return x.mean()
+
+
+def test_a_backward_that_begins_to_call_into_python_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlaps, "WATCHED", 3)
+    host, seen = executor(2), []
+
+    def est(rank: int) -> None:
+        net = nn.Linear(3, 3)
+        overlap = BackwardOverlap(host, rank, before=lambda: None, tell=seen.append)
+        for step in range(9):
+            x = torch.randn(4, 3, requires_grad=True)
+            loss = Doubled.apply(net(x)).mean() if step > 3 else net(x).mean()
+            overlap.begin(loss)
+            try:
+                loss.backward()
+            finally:
+                overlap.end()
+            seen.append(step)
+            host.meet(rank, ("end", step), "end", None, dict.fromkeys)
+
+    with pytest.raises(RuntimeError, match=r"EST 0 calls `torch.autograd.function.apply`.*`overlap_backward=False`"):
+        host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+    # Watched are the backwards of steps 0, 3 and 6.
+    assert max(seen) == 5
 
 
 @pytest.mark.parametrize("kind", LOSSES)
