@@ -241,19 +241,21 @@ class Executor:
         self._check_may_act()
         self._wait(rank, Meeting((rank,), tag, ready=lambda: True))
 
-    def step_aside(self, rank: int) -> bool:
-        """Let another EST run beside this one's backward; the backward of one that did so before is waited for.
-
-        Until `come_back` EST `rank` may only do what needs neither process-wide state nor the other ESTs.
-
-        Returns:
-            Whether another EST runs now; if none can, this one keeps the baton.
-        """
+    def await_aside(self, rank: int) -> None:
+        """Let an EST that has stepped aside end its backward: two that deposit gradients never run at a time."""
         self._check_alive()
-        est = self._ests[rank]
         while (before := self._aside) is not None:
             self._await_return(before)
             self._wait(rank, Meeting((rank,), BACKWARD, ready=lambda: True), following=before.rank)
+
+    def step_aside(self, rank: int) -> bool:
+        """Let another EST run beside this one's backward, after `await_aside`.
+
+        Until `come_back` EST `rank` may only do what needs neither process-wide state nor the other ESTs. Returns
+        whether another EST runs now; if none can, this one keeps the baton.
+        """
+        self.await_aside(rank)
+        est = self._ests[rank]
         if not any(other.can_run for other in self._ests.values() if other is not est):
             return False
         est.may_return.clear()
@@ -289,10 +291,9 @@ class Executor:
         est.waiting_for = None
 
     def _check_may_act(self) -> None:
-        aside = self._aside
-        if aside is not None and aside.thread == threading.get_ident():
+        if self._aside is not None and self._aside.thread == threading.get_ident():
             raise RuntimeError(
-                f"The backward of EST {aside.rank} calls a collective while another EST runs. HINT: its graph was"
+                f"The backward of EST {self._aside.rank} calls a collective while another EST runs. HINT: its graph was"
                 " without one in the first step; set `overlap_backward=False`."
             )
         self._check_alive()

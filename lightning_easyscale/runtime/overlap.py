@@ -54,11 +54,15 @@ class BackwardOverlap:
 
     def begin(self, loss: Tensor) -> None:
         """The backward of `loss` is about to run and to be reduced."""
-        if loss.grad_fn is not None and self._suits is not False:
+        if loss.grad_fn is not None:
             self._handle = loss.grad_fn.register_prehook(self._engine_starts)
 
     def _engine_starts(self, grads: Any) -> None:
+        # Also where this EST stays alone: another one's graph may be of the other kind.
+        self._executor.await_aside(self._rank)
         self._since_watched += 1
+        if self._suits is False:
+            return
         if self._suits and self._since_watched < WATCHED:
             self._before()
             self._aside = self._executor.step_aside(self._rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,40 @@ def test_a_backward_that_does_not_end_is_a_hang() -> None:
 
     with pytest.raises(ESTHang, match=r"EST 0 was in its backward for 0 s"):
         host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
+
+
+def test_a_backward_that_is_not_overlapped_waits_for_one_that_is() -> None:
+    host, order = executor(2), []
+
+    class Noted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            order.append("backward 1")
+            return 2 * grad
+
+    def first() -> None:
+        for step in range(3):
+            if host.step_aside(0):
+                time.sleep(0.1)
+                order.append("backward 0")
+                host.come_back(0)
+            host.meet(0, step, "end", None, dict.fromkeys)
+
+    def second() -> None:
+        overlap = BackwardOverlap(host, 1, before=lambda: None, tell=lambda reason: None)
+        for step in range(3):
+            loss = Noted.apply(torch.ones(2, requires_grad=True)).sum()
+            overlap.begin(loss)
+            loss.backward()
+            overlap.end()
+            host.meet(1, step, "end", None, dict.fromkeys)
+
+    host.run({0: first, 1: second})
+    assert order == ["backward 0", "backward 1"] * 3
 
 
 class Doubled(torch.autograd.Function):
