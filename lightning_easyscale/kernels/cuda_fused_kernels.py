@@ -199,7 +199,7 @@ def channel_sums(
     for row in range(0, tl.minimum(rows, SUM_BLOCK), LANES):
         r = start + row + lane
         there = known & (r < rows)
-        at = ((r // inner) * channels.to(tl.int64) + c) * inner + r % inner
+        at = ((r // inner).to(tl.int64) * channels + c) * inner + r % inner
         v = tl.load(x + at, mask=there, other=0.0)
         if KIND == 0:
             lanes += v

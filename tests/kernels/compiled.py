@@ -59,21 +59,27 @@ def title(kernel: Any, constants: dict[str, Any]) -> str:
     return f"{kernel.__name__} {' '.join(map(str, constants.values()))}"
 
 
+def _kind(kernel: Any, constants: dict[str, Any], name: str) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in ("index", "order"):
+        return "*i64"
+    if name == "kept":
+        return "*i1"
+    if name in NUMBERS or (name == "count" and kernel is not primitives.fold):
+        return "fp32"
+    return "*fp32" if name in POINTERS else "i32"
+
+
+def sizes(kernel: Any, constants: dict[str, Any]) -> set[str]:
+    """The parameters that are whole numbers."""
+    return {name for name in kernel.arg_names if _kind(kernel, constants, name) == "i32"}
+
+
 def compiled(kernel: Any, constants: dict[str, Any], capability: int, *, fusion: bool = False) -> Any:
     """What Triton makes of a kernel for a compute capability: ``asm`` has its ``ptx`` and its ``cubin``."""
-
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in ("index", "order"):
-            return "*i64"
-        if name == "kept":
-            return "*i1"
-        if name in NUMBERS or (name == "count" and kernel is not primitives.fold):
-            return "fp32"
-        return "*fp32" if name in POINTERS else "i32"
-
-    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constexprs=constants)
+    signature = {name: _kind(kernel, constants, name) for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
     options = {"num_warps": THREADS // 32, "num_stages": 2, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

@@ -216,7 +216,7 @@ def test_an_operand_on_the_cpu_is_refused_also_when_the_launch_is_known():
             F.layer_norm(x, (16,), w.cpu())
 
 
-@pytest.mark.gpu(n=2)
+@pytest.mark.gpu(2)
 def test_a_tensor_of_another_device_is_computed_there():
     x = random(1000)
     with portable():

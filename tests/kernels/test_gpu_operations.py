@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_easyscale.kernels import build, portable
 
-from .cases import CASES, differences, operands, run
+from .cases import CASES, Case, differences, operands, run
 from .mirror import Mirror
 from .training import convolutional, losses_and_parameters, transformer
 
@@ -38,6 +38,12 @@ def test_a_convolution_in_channels_last_has_the_cpus_bits():
     expected = run(case, given)
     given[0] = given[0].contiguous(memory_format=torch.channels_last)
     assert differences(expected, run(case, given, device="cuda")) == []
+
+
+def test_a_weight_gradient_over_a_million_places_has_the_cpus_bits():
+    case = Case(lambda x, w: nn.functional.conv2d(x, w, padding=1), ((16, 3, 250, 251), (4, 3, 3, 3)))
+    given = operands(case)
+    assert differences(run(case, given), run(case, given, device="cuda")) == []
 
 
 @pytest.mark.parametrize("kind", ["dropout", "bernoulli", "rand", "randn", "uniform", "normal", "randint", "randperm"])

@@ -45,6 +45,15 @@ def test_every_rounding_is_the_formats(kernel: Any, constants: dict[str, Any], f
     assert fused_additions(ptx) == compiled.fused_in_source(made)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "constants"), [pytest.param(k, c, id=compiled.title(k, c)) for k, c, _ in compiled.KERNELS]
+)
+def test_sizes_of_one_are_compiled_as_constants(kernel: Any, constants: dict[str, Any]) -> None:
+    """As Triton does with every number that may choose the code."""
+    ones = {p.name: 1 for p in kernel.params if p.name in compiled.sizes(kernel, constants) and not p.do_not_specialize}
+    assert forbidden(compiled.compiled(kernel, constants | ones, 90).asm["ptx"]) == []
+
+
 def test_every_kernel_is_looked_at() -> None:
     launched = {
         value
