@@ -174,6 +174,8 @@ def audit(model: Any, batch: Any) -> dict[str, tuple[int, str]]:
     from . import kernels
 
     def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
         results = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
         floating = [r for r in tree_leaves(results) if isinstance(r, torch.Tensor) and r.requires_grad]
         if floating:

@@ -1,12 +1,13 @@
 """Puts D2's `portable` kernels in force for a Trainer's run: in every rank, from `setup` to `teardown`.
 
-The mode belongs to a thread, so under EasyScale each EST's clone of the callback has its own. Stock DDP gets it through
+The policy belongs to a thread, so under EasyScale each EST's clone of the callback has its own. Stock DDP gets it through
 `DeterminismCallback` at the same point of the run, so that both call the same operations under it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +28,7 @@ class PortableKernels(Callback):
     def __init__(self, allow: Iterable[str] = ()) -> None:
         super().__init__()
         self._allow = tuple(allow)
-        self._active: kernels.PortableMode | None = None
+        self._active: AbstractContextManager[Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the kernels in force in this thread.
@@ -39,7 +40,7 @@ class PortableKernels(Callback):
         if trainer.strategy.root_device.type == "cpu":
             build.load(build.default_width())
         _refuse_compiled(pl_module)
-        self._active = kernels.PortableMode(allow=self._allow)
+        self._active = kernels.put_in_force(allow=self._allow)
         self._active.__enter__()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

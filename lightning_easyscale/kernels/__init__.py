@@ -43,7 +43,8 @@ The policy is in force inside `portable`. Operations that are neither of the for
 
 from __future__ import annotations
 
-from .mode import PortableMode, UnvettedOperationError, audit, common_paths, how_covered, portable
+from .dispatch import audit, portable, put_in_force
+from .mode import PortableMode, UnvettedOperationError, common_paths, how_covered
 
 __all__ = [
     "FORMAT_VERSION",
@@ -53,6 +54,7 @@ __all__ = [
     "common_paths",
     "how_covered",
     "portable",
+    "put_in_force",
 ]
 
 FORMAT_VERSION = 2

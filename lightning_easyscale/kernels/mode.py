@@ -1,14 +1,15 @@
-"""The `portable` policy in force: a dispatch mode under which every operation is of the format, or is refused.
+"""What the `portable` policy does with every operation, and a dispatch mode that does it.
 
-The mode sits below autograd and autocast and above torch's kernels. It is the property of a thread, as dispatch modes
-are, and autograd carries it into the threads of a backward pass. Data workers are left alone: what they compute reaches
-every device as data.
+The policy sits below autograd and autocast and above torch's kernels. It is the property of a thread, and autograd
+carries it into the threads of a backward pass. Data workers are left alone: what they compute reaches every device as
+data. The mode sees every operation, which an audit needs; a run has the policy in force in a cheaper way
+(`dispatch.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
 from .lists import on_lists
-from .registry import EXACT, RANDOM, REPLACED
+from .registry import COMMUNICATION, EXACT, RANDOM, REPLACED
 
 _FOREACH = "aten::_foreach_"
 # Operations of the format that torch's kernels compute exactly on whole numbers, with a whole result.
@@ -37,8 +38,8 @@ def how_covered(name: str) -> str:
     Args:
         name: as in a schema, without overload, for example ``aten::mm`` or ``aten::mul_``.
     """
-    if not name.startswith("aten::"):
-        return "exact"  # communication and the like: no arithmetic of a device
+    if name.partition("::")[0] in COMMUNICATION:
+        return "exact"
     for known in (name, name.removesuffix("_")):
         if known in REPLACED:
             return "format"
@@ -55,7 +56,7 @@ def _single(name: str) -> str:
     return "aten::linalg_vector_norm" if single == "norm" else f"aten::{single}"
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is done when an operation is called.
 
     Args:
@@ -72,32 +73,37 @@ class _Plan(NamedTuple):
 
 
 # By the overload's id, as its hash is Python code; overloads live as long as the process.
-_plans: dict[int, _Plan] = {}
+_plans: dict[int, Plan] = {}
 
 
-def _plan(func: Any) -> _Plan:
+def plan_of(func: Any) -> Plan:
+    """What is done when an overload is called."""
+    return _plans.get(id(func)) or _plan(func)
+
+
+def _plan(func: Any) -> Plan:
     name = func._schema.name
     torchs = func._op if type(func) is torch._ops.OpOverload else func
     base = name.removesuffix("_")
-    plan = _Plan(name, torchs)
-    if not name.startswith("aten::") or func.is_view:
+    plan = Plan(name, torchs)
+    if func.is_view:
         pass
     elif name in REPLACED:
-        plan = _Plan(name, torchs, REPLACED[name])
-    elif name in EXACT or base in EXACT:
-        pass
+        plan = Plan(name, torchs, REPLACED[name])
     elif base in REPLACED:
-        plan = _Plan(name, torchs, _in_place(REPLACED[base]))
+        plan = Plan(name, torchs, _in_place(REPLACED[base]))
+    elif how_covered(name) == "exact":
+        pass
     elif name.startswith(_FOREACH) and how_covered(name):
         single = _single(name)
         function = on_lists(single.removeprefix("aten::"), REPLACED[single], in_place=name.endswith("_"))
-        plan = _Plan(name, torchs, function)
+        plan = Plan(name, torchs, function)
     else:
         refusal = (
             f"`{name}` is not on the list of operations whose bits D2's `portable` policy vouches for."
             f" HINT: replace it, or accept its bits with `allow=[{name!r}]`."
         )
-        plan = _Plan(name, torchs, refusal=refusal)
+        plan = Plan(name, torchs, refusal=refusal)
     _plans[id(func)] = plan
     return plan
 
@@ -136,24 +142,55 @@ class PortableMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute one operation."""
-        name, torchs, function, refusal = _plans.get(id(func)) or _plan(func)
+        plan = plan_of(func)
         kwargs = kwargs or {}
         if self.audit:
-            self.seen[name] += 1
-        if (function is None and not refusal) or get_worker_info() is not None or name in self.allow:
-            return torchs(*args, **kwargs)
-        if function is None:
-            tensors = _tensors(args, kwargs)
-            if self.audit or (tensors and not any(x.is_floating_point() or x.is_complex() for x in tensors)):
-                return torchs(*args, **kwargs)  # whole numbers are exact in any order
-            raise UnvettedOperationError(refusal)
-        if _untouched(args, kwargs, name):
-            return torchs(*args, **kwargs)
-        out = kwargs.pop("out", None) if "out" in kwargs else None
-        made = function(*args, **kwargs)
-        if out is None:
-            return made
-        return out.resize_(made.shape).copy_(made)
+            self.seen[plan.name] += 1
+            if plan.function is None:
+                return plan.torchs(*args, **kwargs)
+        return compute(plan, args, kwargs, self.allow)
+
+
+def compute(plan: Plan, args: Any, kwargs: Any, allow: Container[str]) -> Any:
+    """One operation under the policy; what it calls itself is torch's.
+
+    Args:
+        plan: of the operation.
+        args: of its call.
+        kwargs: likewise.
+        allow: names of operations that keep torch's kernels.
+
+    Raises:
+        UnvettedOperationError: for an operation that is not on the list.
+    """
+    name, torchs, function, refusal = plan
+    if (function is None and not refusal) or get_worker_info() is not None or name in allow:
+        return torchs(*args, **kwargs)
+    if function is None:
+        tensors = _tensors(args, kwargs)
+        if tensors and not any(x.is_floating_point() or x.is_complex() for x in tensors):
+            return torchs(*args, **kwargs)  # whole numbers are exact in any order
+        raise UnvettedOperationError(refusal)
+    if not _narrow(args, kwargs) and _untouched(args, kwargs, name):
+        return torchs(*args, **kwargs)
+    out = kwargs.pop("out", None) if "out" in kwargs else None
+    made = function(*args, **kwargs)
+    if out is None:
+        return made
+    return out.resize_(made.shape).copy_(made)
+
+
+def _narrow(args: Any, kwargs: Any) -> bool:
+    """Whether the tensors among an operation's arguments, one at least, are plainly the format's; quick to say."""
+    some = False
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            if value.dtype not in _NARROW or value.is_meta:
+                return False
+            some = True
+        elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float)):
+            return False
+    return some
 
 
 def _untouched(args: Any, kwargs: Any, name: str) -> bool:
@@ -188,17 +225,6 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 @contextmanager
-def portable(*, allow: Iterable[str] = ()) -> Iterator[PortableMode]:
-    """Compute by the format for the time of a ``with`` block, in this thread.
-
-    Attention is computed by its composed form and normalization by torch's own path, so that every device calls the
-    same operations.
-    """
-    with common_paths(), PortableMode(allow=allow) as mode:
-        yield mode
-
-
-@contextmanager
 def common_paths() -> Iterator[None]:
     """Process-wide switches under which CPU and CUDA call the same operations."""
     cuda, mha = torch.backends.cuda, torch.backends.mha
@@ -221,16 +247,3 @@ def common_paths() -> Iterator[None]:
             switch(before)
         torch.backends.cudnn.enabled = cudnn
         torch.backends.mkldnn.enabled = mkldnn  # type: ignore[assignment]
-
-
-def audit(function: Callable[[], Any]) -> dict[str, tuple[int, str]]:
-    """Run `function` and report every operation it called.
-
-    Returns:
-        For each name the number of calls and how it is covered: ``"exact"`` (torch's kernel, one rounding or none),
-        ``"format"`` (a kernel of the format) or ``""`` (refused under the policy).
-    """
-    mode = PortableMode(audit=True)
-    with common_paths(), mode:
-        function()
-    return {name: (calls, how_covered(name)) for name, calls in sorted(mode.seen.items())}

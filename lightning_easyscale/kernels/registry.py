@@ -34,8 +34,9 @@ _MOVES = """
 """
 _COMPARISONS = """
     all amax amin aminmax any argmax argmin bitwise_and bitwise_not bitwise_or bitwise_xor clamp clamp_max clamp_min
-    cummax cummin eq equal fmax fmin ge gt hardtanh isin isinf isnan isneginf isposinf le logical_and logical_not
-    logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit where
+    cummax cummin eq equal fmax fmin ge gt hardtanh is_same_size isin isinf isnan isneginf isposinf le logical_and
+    logical_not logical_or logical_xor lt max max_pool2d_with_indices maximum min minimum ne nextafter relu sign signbit
+    where _cummax_helper _cummin_helper
 """
 # One correctly rounded operation per element.
 _ROUNDED_ONCE = """
@@ -158,6 +159,9 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "multinomial": random.on_cpu(torch.multinomial),
 }
 _REPLACED |= {name: elementwise.elementary(name) for name in ("exp", "expm1", "log", "log1p", "tanh", "erf")}
+
+COMMUNICATION = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem", "profiler"})
+"""Namespaces of operations without arithmetic of a device, or whose order of additions is not theirs to choose."""
 
 REPLACED = {f"aten::{name}": function for name, function in _REPLACED.items()}
 """Operations that the format computes, and how."""

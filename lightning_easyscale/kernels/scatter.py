@@ -58,8 +58,10 @@ def scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return flat.to(x.dtype)
 
 
-def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
-    """``aten::index_put``; accumulation in ascending order of the values' positions."""
+def index_put(
+    x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False, unsafe: bool = False
+) -> Tensor:
+    """``aten::index_put`` and ``_index_put_impl``; accumulation in ascending order of the values' positions."""
     if not accumulate:
         return torch.index_put(x, indices, values)  # type: ignore[arg-type]
     numbers = torch.arange(x.numel(), device=x.device).view(x.shape)

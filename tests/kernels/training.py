@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from lightning_easyscale.kernels import PortableMode, common_paths
+from lightning_easyscale.kernels import common_paths, put_in_force
 
 
 def convolutional() -> tuple[nn.Module, Tensor]:
@@ -75,6 +75,6 @@ def losses_and_parameters(
     if stock:
         train()
     else:
-        with common_paths(), mode or PortableMode():
+        with common_paths(), mode or put_in_force():
             train()
     return [x.float().cpu() for x in (*losses, *(p.detach() for p in net.parameters()), *net.buffers())]
