@@ -1,7 +1,7 @@
 """Puts D2's `portable` kernels in force for a Trainer's run: in every rank, from `setup` to `teardown`.
 
-The policy belongs to a thread, so under EasyScale each EST's clone of the callback has its own. Stock DDP gets it through
-`DeterminismCallback` at the same point of the run, so that both call the same operations under it.
+The policy belongs to a thread, so under EasyScale each EST's clone of the callback has its own. Stock DDP gets it
+through `DeterminismCallback` at the same point of the run, so that both call the same operations under it.
 """
 
 from __future__ import annotations

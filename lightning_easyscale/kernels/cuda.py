@@ -68,6 +68,8 @@ def _matmul(
 def fold_spans(partial: Tensor, each: int, into: Tensor | None = None) -> Tensor:
     """The sums ``[batch, count]`` of ``[batch, spans, count]``, `each` spans to a block; those of `into` go on."""
     batch, spans, count = partial.shape
+    if into is None and 1 < spans <= each:
+        return fold(partial)
     if each > 1 and spans > 1:
         whole = spans // each * each
         folded = [fold(partial[:, :whole].reshape(-1, each, count)).view(batch, -1, count)] if whole else []

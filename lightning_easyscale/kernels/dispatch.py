@@ -1,10 +1,10 @@
 """The `portable` policy in torch's dispatcher: what torch's kernels compute anyway costs nothing.
 
-A dispatch mode is asked about every operation, each time for some microseconds of Python, and most are views and copies.
-The dispatcher knows a key below autograd and autocast and above torch's kernels and its dispatch modes that nothing in
-torch uses: ``Fake``. Under it every operation is registered once per process: exact ones, and those composed of others,
-fall through without a call; those of the format are Python functions; and a fallback refuses what is left. The policy is
-in force in a thread while its key is included there; autograd carries included keys into the threads of a backward pass,
+A dispatch mode is asked about every operation, for some microseconds of Python, and most are views and copies. The
+dispatcher has a key below autograd and autocast and above torch's kernels and dispatch modes that torch does not use:
+``Fake``. Under it every operation is registered once per process: exact ones, and those composed of others, fall
+through without a call; those of the format are Python functions; a fallback refuses what is left. The policy is in
+force in a thread while its key is included there; autograd carries included keys into the threads of a backward pass,
 as it does dispatch modes.
 
 Where a torch uses the key itself the policy is in force as a dispatch mode instead (`mode.PortableMode`), with equal

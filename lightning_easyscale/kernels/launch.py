@@ -11,7 +11,7 @@ does.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,12 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-# How Triton itself starts compiled code, the same in 3.6 to 3.9.
+_FLOAT = torch.float32
+
+# How Triton itself starts compiled code, the same in 3.6 to 3.9, and what its launcher does then.
 _START = "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata,"
+_LAUNCH = """self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,
+                    global_scratch, profile_scratch, *args)"""  # 3.6
 
 
 def _can_start_code() -> bool:
@@ -35,6 +39,24 @@ def _can_start_code() -> bool:
 
 
 _DIRECT = _can_start_code()
+_hooks: Any = triton.knobs.runtime if _DIRECT else None
+
+
+def _launches_as_known(launcher: Any) -> bool:
+    """Whether this launcher only hands its arguments to compiled code where no scratch memory is needed."""
+    try:
+        return _LAUNCH in inspect.getsource(type(launcher).__call__)
+    except (OSError, TypeError):
+        return False
+
+
+def _start(made: CompiledKernel) -> tuple[Any, ...]:
+    """What starts code, and its arguments between the function and those of the kernel."""
+    launcher = made.run
+    given = (made.packed_metadata, None, None, None)
+    if _launches_as_known(launcher) and launcher.global_scratch_size == launcher.profile_scratch_size == 0:
+        return launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, *given)
+    return launcher, given
 
 
 class Launch:
@@ -65,7 +87,7 @@ class Launch:
         self._fixed = (*numbers, *constants)
         # Products and sums are never fused.
         self._options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-        self._code: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._code: dict[Hashable, tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Tensor, free: tuple[int | float, ...] = ()) -> None:
         """Launch.
@@ -77,29 +99,34 @@ class Launch:
         """
         active = driver.active
         device = active.get_current_device()
-        addresses = [x.data_ptr() for x in tensors]
-        key = (device, *[a & 15 for a in addresses], *[x.dtype for x in tensors], *[x.get_device() for x in tensors])
-        code = self._code.get(key)
-        if code is None or _hooked():
-            self._through_triton(key, tensors, free)
+        key, addresses, plain = device, [], True
+        for x in tensors:
+            address = x.data_ptr()
+            addresses.append(address)
+            key = key << 4 | (address & 15)
+            if x.dtype is not _FLOAT or x.get_device() != device:
+                plain = False
+        code = self._code.get(key) if plain else self._code.get((key, *_kinds(tensors)))
+        if code is None or _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
+            self._through_triton(key if plain else (key, *_kinds(tensors)), tensors, free, device)
             return
-        stream, grid = active.get_current_stream(device), self._grid
-        run, function, metadata, _ = code
-        run(*grid, stream, function, metadata, None, None, None, *addresses, *free, *self._fixed)
+        run, function, given, _ = code
+        stream = active.get_current_stream(device)
+        run(*self._grid, stream, function, *given, *addresses, *free, *self._fixed)
 
-    def _through_triton(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...], free: tuple[int | float, ...]) -> None:
-        device, here = tensors[0].get_device(), key[0]
+    def _through_triton(
+        self, key: Hashable, tensors: tuple[Tensor, ...], free: tuple[int | float, ...], here: int
+    ) -> None:
+        device = tensors[0].get_device()
         if device != here:
             with torch.cuda.device(device):
                 self._kernel[self._grid](*tensors, *free, *self._fixed, **self._options)
             return
         made = self._kernel[self._grid](*tensors, *free, *self._fixed, **self._options)
         if _DIRECT and isinstance(made, CompiledKernel) and all(x.get_device() == here for x in tensors):
-            self._code[key] = (made.run, made.function, made.packed_metadata, made)
+            run, given = _start(made)
+            self._code[key] = (run, made.function, given, made)
 
 
-def _hooked() -> bool:
-    """Whether a profiler listens to launches."""
-    hooks = triton.knobs.runtime
-    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-    return bool(getattr(enter, "calls", True) or getattr(leave, "calls", True))
+def _kinds(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return (*[x.dtype for x in tensors], *[x.get_device() for x in tensors])

@@ -43,6 +43,7 @@ CANDIDATES = (
 """What `tuning.py` tries, and all that a cache of its results may name."""
 
 _ENOUGH = 256  # programs that keep a device busy
+_SOME = 128  # with so many, a second launch that folds parts of sums costs more than it gains
 _forced: Tiles | None = None
 
 
@@ -101,7 +102,7 @@ def pick(kind: str, m: int, n: int = 1, k: int = 1, *, batch: int = 1, taps: int
 
 def few_programs(programs: int) -> bool:
     """Whether so many programs leave a device idle."""
-    return programs < _ENOUGH
+    return programs < _SOME
 
 
 def shape_class(kind: str, m: int, n: int, k: int, *, batch: int = 1, taps: int = 1) -> str:

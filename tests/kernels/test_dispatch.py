@@ -1,4 +1,4 @@
-"""The portable policy in torch's dispatcher: what falls through, what is refused, and that a mode gives the same bits."""
+"""The portable policy in torch's dispatcher: what falls through, what is refused, and that a mode has the same bits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_a_dispatch_mode_gives_the_same_bits(name, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("model", "optimizer"), [(convolutional, "sgd"), (transformer, "adam"), (transformer, "adamw")])
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [(convolutional, "sgd"), (transformer, "adam"), (transformer, "adamw")]
+)
 def test_a_dispatch_mode_trains_to_the_same_bits(model, optimizer):
     found = losses_and_parameters(model, optimizer, device="cpu", steps=5)
     expected = losses_and_parameters(model, optimizer, device="cpu", steps=5, mode=PortableMode())
