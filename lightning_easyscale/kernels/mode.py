@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
-from .lists import on_lists
+from .lists import one_by_one, together
 from .registry import COMMUNICATION, EXACT, RANDOM, REPLACED
 
 _FOREACH = "aten::_foreach_"
@@ -64,12 +64,14 @@ class Plan(NamedTuple):
         torchs: torch's own kernel.
         function: what computes it instead, None for torch's kernel.
         refusal: why it is refused, if it is.
+        together: computes lists of tensors at once, or returns NotImplemented; takes arguments and keyword arguments.
     """
 
     name: str
     torchs: Callable[..., Any]
     function: Callable[..., Any] | None = None
     refusal: str = ""
+    together: Callable[[Any, Any], Any] | None = None
 
 
 # By the overload's id, as its hash is Python code; overloads live as long as the process.
@@ -95,9 +97,10 @@ def _plan(func: Any) -> Plan:
     elif how_covered(name) == "exact":
         pass
     elif name.startswith(_FOREACH) and how_covered(name):
-        single = _single(name)
-        function = on_lists(single.removeprefix("aten::"), REPLACED[single], in_place=name.endswith("_"))
-        plan = Plan(name, torchs, function)
+        single, in_place = _single(name), name.endswith("_")
+        bare = single.removeprefix("aten::")
+        function = one_by_one(bare, REPLACED[single], in_place=in_place)
+        plan = Plan(name, torchs, function, together=together(bare, in_place=in_place))
     else:
         refusal = (
             f"`{name}` is not on the list of operations whose bits D2's `portable` policy vouches for."
@@ -163,7 +166,7 @@ def compute(plan: Plan, args: Any, kwargs: Any, allow: Container[str]) -> Any:
     Raises:
         UnvettedOperationError: for an operation that is not on the list.
     """
-    name, torchs, function, refusal = plan
+    name, torchs, function, refusal, at_once = plan
     if (function is None and not refusal) or get_worker_info() is not None or name in allow:
         return torchs(*args, **kwargs)
     if function is None:
@@ -171,6 +174,8 @@ def compute(plan: Plan, args: Any, kwargs: Any, allow: Container[str]) -> Any:
         if tensors and not any(x.is_floating_point() or x.is_complex() for x in tensors):
             return torchs(*args, **kwargs)  # whole numbers are exact in any order
         raise UnvettedOperationError(refusal)
+    if at_once is not None and (made := at_once(args, kwargs)) is not NotImplemented:
+        return made
     if not _narrow(args, kwargs) and _untouched(args, kwargs, name):
         return torchs(*args, **kwargs)
     out = kwargs.pop("out", None) if "out" in kwargs else None
