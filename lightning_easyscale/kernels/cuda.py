@@ -19,9 +19,15 @@ __all__ = ["Tiles", "fold", "index_add", "matmul", "quotient", "random", "span_o
 _BLOCK, _SEGMENT, _SUM_BLOCK = kernels.BLOCK.value, kernels.SEGMENT.value, kernels.SUM_BLOCK.value
 
 
-def span_of(k: int, programs: int) -> int:
-    """How many values of k one program adds, a segment or a block, if every span of k has so many programs."""
-    return _SEGMENT if few_programs(programs * blocks_of(k, _BLOCK)) and k > _SEGMENT else _BLOCK
+def span_of(k: int, programs: int, size: int) -> int:
+    """How many values of k one program adds, a segment or a block.
+
+    Args:
+        k: length of the sums.
+        programs: for every span of k.
+        size: how many such sums there are.
+    """
+    return _SEGMENT if few_programs(programs * blocks_of(k, _BLOCK), k * size) and k > _SEGMENT else _BLOCK
 
 
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None, *, base: Tensor | None = None) -> Tensor:
@@ -50,7 +56,7 @@ def _matmul(
     """The launch for operands with these strides, into how many spans it cuts k, and how many of them are a block."""
     t = pick("matmul", m, n, k, batch=batch)
     programs = blocks_of(m, t.m) * blocks_of(n, t.n)
-    span = span_of(k, batch * programs)
+    span = span_of(k, batch * programs, batch * m * n)
     spans = blocks_of(k, span)
     strides = (*(0, *a)[-3:], *(0, *b)[-3:], *(0, 0, 0, *base)[-3:])
     based = bool(base) and spans == 1

@@ -195,7 +195,7 @@ def _weight_gradient_parts(g: Geometry) -> tuple[list[tuple[Launch, tuple[int, i
     n, oc = g.taps * per, g.out_channels
     t = pick("weight_gradient", m, n, depth, batch=g.groups, taps=g.taps)
     programs = _programs(m, n, t)
-    span = span_of(depth, g.groups * programs)
+    span = span_of(depth, g.groups * programs, g.groups * m * n)
     blocks, each = blocks_of(depth, span), BLOCK.value // span
     at_once = max(1, _PARTIAL // (g.groups * m * n * each)) * each
     place = (g.pixels * oc, 1, oc, *g.stride, *g.padding, *g.dilation, g.kernel[1])

@@ -88,7 +88,7 @@ def _plan(func: Any) -> Plan:
     torchs = func._op if type(func) is torch._ops.OpOverload else func
     base = name.removesuffix("_")
     plan = Plan(name, torchs)
-    if func.is_view:
+    if func.is_view or (not name.startswith("aten::") and _makes_no_tensor(func._schema)):
         pass
     elif name in REPLACED:
         plan = Plan(name, torchs, REPLACED[name])
@@ -109,6 +109,12 @@ def _plan(func: Any) -> Plan:
         plan = Plan(name, torchs, refusal=refusal)
     _plans[id(func)] = plan
     return plan
+
+
+def _makes_no_tensor(schema: Any) -> bool:
+    """Whether an operation, say one that tells a library's version, neither returns a tensor nor changes one."""
+    written = any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments)
+    return not written and not any("Tensor" in str(made.type) for made in schema.returns)
 
 
 def _in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -43,7 +43,8 @@ CANDIDATES = (
 """What `tuning.py` tries, and all that a cache of its results may name."""
 
 _ENOUGH = 256  # programs that keep a device busy
-_SOME = 128  # with so many, a second launch that folds parts of sums costs more than it gains
+_SOME = 128  # with so many, a second launch that folds parts of sums costs a small product more than it gains
+_SMALL = 1 << 30  # multiply-adds
 _forced: Tiles | None = None
 
 
@@ -100,9 +101,14 @@ def pick(kind: str, m: int, n: int = 1, k: int = 1, *, batch: int = 1, taps: int
     return Tiles(64, 64, 32, 4, 3) if n <= 64 or few else Tiles(64, 128, 16, 4, 3)
 
 
-def few_programs(programs: int) -> bool:
-    """Whether so many programs leave a device idle."""
-    return programs < _SOME
+def few_programs(programs: int, work: int) -> bool:
+    """Whether so many programs leave a device idle for longer than a second launch takes.
+
+    Args:
+        programs: of a launch.
+        work: its multiply-adds.
+    """
+    return programs < (_SOME if work < _SMALL else _ENOUGH)
 
 
 def shape_class(kind: str, m: int, n: int, k: int, *, batch: int = 1, taps: int = 1) -> str:

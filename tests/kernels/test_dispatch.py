@@ -152,6 +152,19 @@ def test_operations_of_other_libraries_are_refused_unless_they_are_allowed():
         assert halved(x).tolist() == [0.5] * 3
 
 
+def test_operations_of_other_libraries_that_make_no_tensor_are_not_refused():
+    library = torch.library.Library("easyscale_tests", "FRAGMENT")
+    library.define("version() -> int")
+    library.impl("version", lambda: 7, "CompositeExplicitAutograd")
+    library.define("doubled_(Tensor(a!) x) -> ()")
+    library.impl("doubled_", lambda x: x.mul_(2), "CompositeExplicitAutograd")
+    for inside in (portable, PortableMode):
+        with inside():
+            assert torch.ops.easyscale_tests.version() == 7
+            with pytest.raises(UnvettedOperationError):
+                torch.ops.easyscale_tests.doubled_(torch.ones(2))
+
+
 def test_an_audit_lists_what_is_called_only_where_there_is_no_mode():
     x = torch.randn(5, requires_grad=True)
     found = audit(lambda: x[torch.tensor([0, 0, 1])].sum().backward())
