@@ -13,10 +13,10 @@ bits.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -26,11 +26,13 @@ from .mode import Plan, PortableMode, common_paths, compute, how_covered, plan_o
 
 _NAME = "Fake"
 _KEY = torch._C._dispatch_key_parse(_NAME)
+_include = torch._C._dispatch_tls_set_dispatch_key_included
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 
 _allowed: Counter[str] = Counter()
 _libraries: list[torch.library.Library] = []
+_lock = threading.Lock()
 
 
 class _Heard(Counter[str]):
@@ -41,14 +43,24 @@ class _Heard(Counter[str]):
         return not how_covered(str(name))
 
 
-@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this torch leaves the key to others."""
-    return not torch._C._dispatch_has_backend_fallback(_KEY)
+    return bool(_libraries) or not torch._C._dispatch_has_backend_fallback(_KEY)
+
+
+class _Here(threading.local):
+    """How often the policy is in force in this thread."""
+
+    depth = 0
+
+
+_here = _Here()
 
 
 class PortableDispatch(AbstractContextManager[None]):
     """The policy in force in the thread that enters; see `mode.PortableMode` for what is computed.
+
+    It may be left by another thread, when the one that entered is gone; nothing changes in the other one then.
 
     Args:
         allow: names of operations (``aten::cumsum``) that keep torch's kernels although nothing vouches for their bits,
@@ -57,24 +69,28 @@ class PortableDispatch(AbstractContextManager[None]):
 
     def __init__(self, *, allow: Iterable[str] = ()) -> None:
         self._allow = tuple(allow)
-        self._guard: Any = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> None:
-        if not _libraries:
-            _register()
-        _allowed.update(self._allow)
-        self._guard = torch._C._IncludeDispatchKeyGuard(_KEY)
-        self._guard.__enter__()
+        with _lock:
+            if not _libraries:
+                _register()
+            _allowed.update(self._allow)
+        self._thread = threading.current_thread()
+        _here.depth += 1
+        _include(_KEY, True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        guard, self._guard = self._guard, None
-        guard.__exit__(kind, error, trace)
-        for name in self._allow:
-            _allowed[name] -= 1
-            if not _allowed[name]:
-                del _allowed[name]
+        if self._thread is threading.current_thread():
+            _here.depth -= 1
+            _include(_KEY, _here.depth > 0)
+        with _lock:
+            for name in self._allow:
+                _allowed[name] -= 1
+                if not _allowed[name]:
+                    del _allowed[name]
 
 
 def put_in_force(*, allow: Iterable[str] = ()) -> AbstractContextManager[Any]:

@@ -112,6 +112,18 @@ def test_what_one_thread_allows_ends_when_it_leaves():
         torch.rand(3).cumsum(0)
 
 
+def test_a_thread_that_has_gone_is_left_by_another():
+    left = put_in_force()
+    thread = threading.Thread(target=left.__enter__)
+    thread.start()
+    thread.join()
+    with portable():
+        left.__exit__(None, None, None)
+        with pytest.raises(UnvettedOperationError):
+            torch.rand(3).cumsum(0)
+    torch.rand(3).cumsum(0)
+
+
 class _Products(Dataset[Any]):
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
