@@ -66,6 +66,15 @@ def test_operations_that_are_exact_anyway_call_no_python(monkeypatch):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("inside", [portable, PortableMode])
+def test_operations_on_lists_are_torchs_where_those_on_tensors_are(inside):
+    xs = [torch.tensor([1.4, -2.6]), torch.tensor([0.5])]
+    with inside():
+        for name in ("round", "ceil", "trunc", "neg"):
+            made = getattr(torch, f"_foreach_{name}")(xs)
+            assert all(torch.equal(y, getattr(torch, name)(x)) for x, y in zip(xs, made, strict=True))
+
+
 @needs_compiler
 def test_composed_operations_have_the_same_bits_where_nothing_is_recorded():
     """Without autograd they come as a whole, with it as what they are composed of."""
