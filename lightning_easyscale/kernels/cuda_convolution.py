@@ -13,7 +13,7 @@ from .cuda import fold, fold_spans, span_of
 from .cuda_kernels import BLOCK, SEGMENT
 from .launch import Launch
 from .plans import planned
-from .tiles import Tiles, blocks_of, pick
+from .tiles import Tiles, blocks_of, pick, power_of_two
 
 if TYPE_CHECKING:
     from .convolution import Geometry
@@ -229,9 +229,11 @@ def _depthwise_segments(g: Geometry) -> Launch:
     depth, c, oc = g.batch * g.pixels, g.channels, g.out_channels
     t = pick("depthwise", c)
     place = (g.pixels * oc, 1, g.out[1] * oc, oc, *g.stride, *g.padding, *g.dilation, g.kernel[1])
-    numbers = (depth, c, *g.spatial, g.out[1], g.pixels, *_last_strides(g), *place)
-    grid = (blocks_of(c, 32), blocks_of(blocks_of(depth, SEGMENT.value), 8), g.taps)
-    return Launch(kernels.depthwise_weight_gradient, grid, numbers, (8, 32), t.warps, t.stages)
+    numbers = (depth, g.taps, c, *g.spatial, g.out[1], g.pixels, *_last_strides(g), *place)
+    taps = power_of_two(g.taps)
+    segments = max(1, 32 // taps)  # of a program
+    grid = (blocks_of(c, 32), blocks_of(blocks_of(depth, SEGMENT.value), segments))
+    return Launch(kernels.depthwise_weight_gradient, grid, numbers, (taps, segments, 32), t.warps, t.stages)
 
 
 def _strips(kernel: object, n: int, numbers: tuple[int, ...], t: Tiles) -> Launch:

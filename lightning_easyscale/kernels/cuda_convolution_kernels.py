@@ -228,25 +228,28 @@ def depthwise_input_gradient(
 
 @triton.jit(do_not_specialize=["depth"])
 def depthwise_weight_gradient(
-    x, dy, out, depth, channels, height, width, out_width, pixels, xn, xc, xh, xw, dn, dc, dh, dw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, kernel_w, S: tl.constexpr, W: tl.constexpr,
+    x, dy, out, depth, taps, channels, height, width, out_width, pixels, xn, xc, xh, xw, dn, dc, dh, dw,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, T: tl.constexpr, S: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
-    """``out[segment, tap, channel]``: chains of the segments of k; grid (channels / W, segments / S, taps)."""
-    channel = tl.program_id(0) * W + tl.arange(0, W)[None, :]
-    segment = tl.program_id(1) * S + tl.arange(0, S)[:, None]
-    tap = tl.program_id(2)
+    """``out[segment, tap, channel]``: chains of the segments of k; grid (channels / W, segments / S).
+
+    A program computes all `taps`, at most T, so that it finds out once where each k is.
+    """
+    tap = tl.arange(0, T)[:, None, None]
+    segment = tl.program_id(1) * S + tl.arange(0, S)[None, :, None]
+    channel = tl.program_id(0) * W + tl.arange(0, W)[None, None, :]
     top, left = (tap // kernel_w) * dilation_h - pad_h, (tap % kernel_w) * dilation_w - pad_w
-    chain = tl.zeros([S, W], tl.float32)
+    chain = tl.zeros([T, S, W], tl.float32)
     for i in range(0, tl.minimum(depth, SEGMENT)):
         k = segment * SEGMENT + i
         inside = (k < depth) & (channel < channels)
         image, pixel = k // pixels, k % pixels
         row, column = pixel // out_width, pixel % out_width
         y, z = row * stride_h + top, column * stride_w + left
-        there = inside & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        there = inside & (tap < taps) & (y >= 0) & (y < height) & (z >= 0) & (z < width)
         gradient = tl.load(dy + channel * dc + (image * dn + row * dh + column * dw), mask=inside, other=0.0)
-        chain = tl.fma(
-            gradient, tl.load(x + channel * xc + (image * xn + y * xh + z * xw), mask=there, other=0.0), chain
-        )
-    place = out + (segment * tl.num_programs(2) + tap) * channels + channel
-    tl.store(place, chain, mask=(segment * SEGMENT < depth) & (channel < channels))
+        value = tl.load(x + channel * xc + (image * xn + y * xh + z * xw), mask=there, other=0.0)
+        chain = tl.fma(tl.broadcast_to(gradient, [T, S, W]), value, chain)
+    place = out + (segment * taps + tap) * channels + channel
+    tl.store(place, chain, mask=(segment * SEGMENT < depth) & (tap < taps) & (channel < channels))

@@ -38,7 +38,7 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (convolutions.weight_gradient, {"WHOLE": True, "SPAN": 4096, "ROWS": 1, "COLS": 1, **TILES}, True),
     (convolutions.depthwise_forward, {"W": 128}, True),
     (convolutions.depthwise_input_gradient, {"W": 128}, False),  # a product per tap
-    (convolutions.depthwise_weight_gradient, {"S": 1, "W": 128}, True),
+    (convolutions.depthwise_weight_gradient, {"T": 16, "S": 2, "W": 32}, True),
     *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
     *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
     (fused.layer_norm, {"BIAS": True, **ROWS}, False),
