@@ -113,8 +113,8 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 def _depthwise_input_gradient(g: Geometry, strides: tuple[int, ...]) -> Launch:
     n = g.batch * g.channels * math.prod(g.spatial)
     t = pick("depthwise", n)
-    place = (*g.spatial, *g.out, *strides, *g.stride, *g.padding, *g.dilation, g.kernel[1])
-    return _strips(kernels.depthwise_input_gradient, n, (n, g.taps, g.channels, *place), t)
+    place = (*g.spatial, *g.out, *strides, *g.padding, *g.dilation, g.kernel[1])
+    return _strips(kernels.depthwise_input_gradient, n, (n, g.taps, g.channels, *place), t, g.stride)
 
 
 class _Phase(NamedTuple):
@@ -145,10 +145,10 @@ def _phases(g: Geometry) -> list[_Phase]:
                 (_programs(m, n, t), g.groups),
                 (
                     *(m, n, depth, taps, g.taps, places, rows_w, *g.spatial, *g.out),
-                    *(*g.stride, *g.padding, *g.dilation, g.kernel[1], first_h, first_w),
+                    *(*g.padding, *g.dilation, g.kernel[1], first_h, first_w),
                     *(tap_h, tap_w, step_h, step_w, taps_w),
                 ),
-                (depth > SEGMENT.value, _flat(g), math.gcd(places, 16), math.gcd(m, 16), t.m, t.n, t.k),
+                (*g.stride, depth > SEGMENT.value, _flat(g), math.gcd(places, 16), math.gcd(m, 16), t.m, t.n, t.k),
                 t.warps,
                 t.stages,
             )
@@ -236,9 +236,9 @@ def _depthwise_segments(g: Geometry) -> Launch:
     return Launch(kernels.depthwise_weight_gradient, grid, numbers, (taps, segments, 32), t.warps, t.stages)
 
 
-def _strips(kernel: object, n: int, numbers: tuple[int, ...], t: Tiles) -> Launch:
+def _strips(kernel: object, n: int, numbers: tuple[int, ...], t: Tiles, constants: tuple[int, ...] = ()) -> Launch:
     """A launch over n elements in strips."""
-    return Launch(kernel, (blocks_of(n, t.width),), numbers, (t.width,), t.warps, t.stages)
+    return Launch(kernel, (blocks_of(n, t.width),), numbers, (*constants, t.width), t.warps, t.stages)
 
 
 def _programs(m: int, n: int, t: Tiles) -> int:

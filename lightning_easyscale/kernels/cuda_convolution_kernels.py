@@ -78,11 +78,11 @@ def forward(
 @triton.jit(do_not_specialize=["m", "n", "depth", "taps", "places"])
 def input_gradient(
     dy, w, out, m, n, depth, taps, all_taps, places, rows_w, height, width, out_height, out_width,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, first_h, first_w, tap_h, tap_w, step_h, step_w,
-    taps_w, LONG: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    pad_h, pad_w, dilation_h, dilation_w, kernel_w, first_h, first_w, tap_h, tap_w, step_h, step_w, taps_w,
+    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, LONG: tl.constexpr, FLAT: tl.constexpr, ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``out[image, group, row, y, x]`` at ``y = first_h + i * stride_h``, and x likewise; grid (tiles, groups).
+    """``out[image, group, row, y, x]`` at ``y = first_h + i * STRIDE_H``, and x likewise; grid (tiles, groups).
 
     From ``w[group, tap, k, row]``. `m`, `depth`: input and output channels of a group; `n`: images times `places`, in
     rows of `rows_w`, which `taps` of all kernel positions reach: every `step_h`-th from `tap_h`, and so on. `LONG`:
@@ -92,7 +92,7 @@ def input_gradient(
     rows, cols = _tile(m, n, BM, BN)
     group, groups = tl.program_id(1), tl.num_programs(1)
     image, place = cols // places, cols % places
-    y, z = first_h + (place // rows_w) * stride_h, first_w + (place % rows_w) * stride_w
+    y, z = first_h + (place // rows_w) * STRIDE_H, first_w + (place % rows_w) * STRIDE_W
     pixels = out_height * out_width
     dy_cols = dy + (image * groups + group) * depth * pixels
     steps = tl.cdiv(depth, BK)
@@ -103,7 +103,7 @@ def input_gradient(
         number, first = step // steps, (step % steps) * BK
         kh, kw = tap_h + (number // taps_w) * step_h, tap_w + (number % taps_w) * step_w
         up, over = y + pad_h - kh * dilation_h, z + pad_w - kw * dilation_w
-        i, j = up // stride_h, over // stride_w
+        i, j = up // STRIDE_H, over // STRIDE_W
         there = cols < n
         if not FLAT:
             there = there & (up >= 0) & (i < out_height) & (over >= 0) & (j < out_width)
@@ -206,8 +206,8 @@ def depthwise_forward(
 
 @triton.jit(do_not_specialize=["n", "taps"])
 def depthwise_input_gradient(
-    dy, w, out, n, taps, channels, height, width, out_height, out_width, dn, dc, dh, dw, stride_h, stride_w,
-    pad_h, pad_w, dilation_h, dilation_w, kernel_w, W: tl.constexpr,
+    dy, w, out, n, taps, channels, height, width, out_height, out_width, dn, dc, dh, dw, pad_h, pad_w,
+    dilation_h, dilation_w, kernel_w, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """``out[image, channel, y, x]``, `n` elements, where each channel is a group; grid (strips)."""
     at = tl.program_id(0) * W + tl.arange(0, W)
@@ -217,8 +217,8 @@ def depthwise_input_gradient(
     result = tl.zeros([W], tl.float32)
     for tap in range(0, taps):
         up, over = y + pad_h - (tap // kernel_w) * dilation_h, z + pad_w - (tap % kernel_w) * dilation_w
-        i, j = up // stride_h, over // stride_w
-        there = (up >= 0) & (i * stride_h == up) & (i < out_height) & (over >= 0) & (j * stride_w == over)
+        i, j = up // STRIDE_H, over // STRIDE_W
+        there = (up >= 0) & (i * STRIDE_H == up) & (i < out_height) & (over >= 0) & (j * STRIDE_W == over)
         there = there & (j < out_width) & (at < n)
         weight = tl.load(w + channel * taps + tap, mask=at < n, other=0.0)
         gradient = tl.load(dy + image * dn + channel * dc + i * dh + j * dw, mask=there, other=0.0)

@@ -18,6 +18,7 @@ MODULES = (primitives, convolutions, fused)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
+STRIDES = {"STRIDE_H": 2, "STRIDE_W": 1}
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
 POINTERS |= {"base", "running_mean", "running_var", "source"}
 THREADS = 128
@@ -34,10 +35,10 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (primitives.index_add, {"W": 128}, False),
     (convolutions.forward, GATHERED, True),
     (convolutions.forward, {**GATHERED, "KW": 1, "WHOLE": True, "FLAT": True}, True),
-    (convolutions.input_gradient, {"LONG": True, "FLAT": False, "ALIGNED": 1, "ROWS": 1, **TILES}, True),
+    (convolutions.input_gradient, {**STRIDES, "LONG": True, "FLAT": False, "ALIGNED": 1, "ROWS": 1, **TILES}, True),
     (convolutions.weight_gradient, {"WHOLE": True, "SPAN": 4096, "ROWS": 1, "COLS": 1, **TILES}, True),
     (convolutions.depthwise_forward, {"W": 128}, True),
-    (convolutions.depthwise_input_gradient, {"W": 128}, False),  # a product per tap
+    (convolutions.depthwise_input_gradient, {**STRIDES, "W": 128}, False),  # a product per tap
     (convolutions.depthwise_weight_gradient, {"T": 16, "S": 2, "W": 32}, True),
     *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
     *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
