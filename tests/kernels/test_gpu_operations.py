@@ -46,6 +46,13 @@ def test_a_weight_gradient_over_a_million_places_has_the_cpus_bits():
     assert differences(run(case, given), run(case, given, device="cuda")) == []
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_large_pointwise_convolution_of_images_of_49_pixels_has_the_cpus_bits(groups):
+    case = Case(lambda x, w: nn.functional.conv2d(x, w, groups=groups), ((64, 640, 7, 7), (640, 640 // groups, 1, 1)))
+    given = operands(case)
+    assert differences(run(case, given), run(case, given, device="cuda")) == []
+
+
 @pytest.mark.parametrize("kind", ["dropout", "bernoulli", "rand", "randn", "uniform", "normal", "randint", "randperm"])
 def test_random_operations_have_the_cpus_bits(kind):
     def draw(device):
