@@ -162,6 +162,7 @@ class Session:
                 offload=offload,
                 saved_layout=saved_layout,
                 rendezvous=self._meet_for_gradients,
+                before=self.peers.settle,
                 in_turn=self._wait_for_turn,
             )
         assert self.gradients is not None
@@ -191,7 +192,7 @@ class Session:
 
     def _meet_for_gradients(self, rank: int, work: Callable[[], None]) -> None:
         def complete(deposits: dict[int, Any]) -> dict[int, None]:
-            self.channel.agree("gradients")
+            self.channel.agree("gradients", ahead=True)
             with self.peers.waiting():
                 work()
             return dict.fromkeys(deposits)

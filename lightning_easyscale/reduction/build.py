@@ -27,6 +27,7 @@ def collect_gradients(
     offload: Offload,
     saved_layout: BucketLayout | None,
     rendezvous: Rendezvous,
+    before: Callable[[], None],
     in_turn: Callable[[int], None],
 ) -> GradientReduce:
     """The collection for one wrapped module on one executor.
@@ -41,6 +42,7 @@ def collect_gradients(
         offload: where gradients or their partial sums wait.
         saved_layout: the bucket layout of the checkpoint that is resumed, if any.
         rendezvous: see `GradientReduce`.
+        before: called before each bucket is reduced.
         in_turn: see `TreeGradients`.
     """
     cap = ddp_options["bucket_cap_mb"]
@@ -53,12 +55,13 @@ def collect_gradients(
             offload=offload,
             bucket_cap_mb=cap,
             rendezvous=rendezvous,
+            before=before,
             in_turn=in_turn,
         )
     n = placement.num_ests
     kinds: dict[str, Callable[..., Reduction]] = {"ddp": RingReduction, "native": NativeReduction}
     return BucketGradients(
-        kinds[order](placement, executor, group, n),
+        kinds[order](placement, executor, group, n, before=before),
         private_gradients=private_gradients,
         offload=offload,
         bucket_cap_mb=cap,

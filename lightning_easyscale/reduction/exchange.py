@@ -60,7 +60,15 @@ class Reduction(Protocol):
 class _Exchange:
     """What the three reductions have in common: checks, the lane, the wire."""
 
-    def __init__(self, placement: Placement, executor: int, group: dist.ProcessGroup | None, n: int) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        executor: int,
+        group: dist.ProcessGroup | None,
+        n: int,
+        *,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
         if placement.num_ests != n:
             raise ValueError(
                 f"`n={n}` does not match a placement of {placement.num_ests} ESTs. HINT: pass `n=placement.num_ests`."
@@ -76,6 +84,7 @@ class _Exchange:
         self.ests = placement.ranges[executor]
         self.n = n
         self.group = group
+        self._before = before
         self._wire = Wire(group) if group is not None and size > 1 else None
         self._lane = Lane(None if self._wire is None else group)
         self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -133,6 +142,7 @@ class RingReduction(_Exchange):
         executor: this executor.
         group: process group of all executors; None for one executor.
         n: number of ESTs.
+        before: called before each bucket.
 
     Raises:
         ValueError: if the arguments contradict each other.
@@ -141,6 +151,7 @@ class RingReduction(_Exchange):
     def start(self, index: int, local: LocalGradients) -> Finish:
         """See `Reduction.start`."""
         self._check(index, len(local.pieces))
+        self._before()
         form, wire, n = local.form, self._wire, self.n
         if wire is None:
             return lambda: _fold_all(local, n)
@@ -196,6 +207,7 @@ class TreeReduction(_Exchange):
         executor: this executor.
         group: process group of all executors; None for one executor.
         n: number of ESTs.
+        before: called before each bucket.
 
     Raises:
         ValueError: if the arguments contradict each other.
@@ -238,6 +250,7 @@ class TreeReduction(_Exchange):
                 f"`blocks` of bucket {index} are not the partial sums of ESTs {self.ests}."
                 " HINT: pass what `TreeFold.partials()` returned for this executor's range."
             )
+        self._before()
         wire, totals = self._wire, [block.total for block in blocks]
         if wire is None:
             return self._lane.submit(lambda: combine(blocks), totals)
@@ -280,6 +293,7 @@ class NativeReduction(_Exchange):
         executor: this executor.
         group: process group of all executors; None for one executor.
         n: number of ESTs.
+        before: called before each bucket.
 
     Raises:
         ValueError: if the arguments contradict each other.
@@ -288,6 +302,7 @@ class NativeReduction(_Exchange):
     def start(self, index: int, local: LocalGradients) -> Finish:
         """See `Reduction.start`."""
         self._check(index, len(local.pieces))
+        self._before()
         in_rank_order = range(len(self.ests))
         if self._wire is None:
             return lambda: local.fold_into_results(in_rank_order, local.whole)

@@ -41,6 +41,7 @@ class TreeGradients(GradientReduce):
         offload: ``"host"`` lets partial sums wait in pinned host memory.
         bucket_cap_mb: size of a bucket in MiB, as in DDP.
         rendezvous: see `GradientReduce`.
+        before: called before each bucket is reduced.
         in_turn: suspends an EST until all lower local ranks have come to their first gradient.
     """
 
@@ -54,9 +55,10 @@ class TreeGradients(GradientReduce):
         offload: Offload = None,
         bucket_cap_mb: float | None = None,
         rendezvous: Rendezvous | None = None,
+        before: Callable[[], None] = lambda: None,
         in_turn: Callable[[int], None] | None = None,
     ) -> None:
-        self._reduction = TreeReduction(placement, executor, group, placement.num_ests)
+        self._reduction = TreeReduction(placement, executor, group, placement.num_ests, before=before)
         super().__init__(self._reduction, private_gradients=private_gradients, rendezvous=rendezvous)
         self._offload = offload
         self._bucket_cap_mb = bucket_cap_mb

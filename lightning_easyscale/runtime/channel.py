@@ -58,9 +58,14 @@ class Channel:
             results = compute([every[r] for r in self.ranks])
         return {r: results[self.ranks.index(r)] for r in self.local}
 
-    def agree(self, tag: str) -> None:
-        """Meet the other executors; the stop request travels with it."""
-        self._heed(self.peers.agree(tag, stop=self.executor.stop_requested))
+    def agree(self, tag: str, *, ahead: bool = False) -> None:
+        """Meet the other executors; the stop request travels with it.
+
+        Args:
+            tag: what for.
+            ahead: see `Peers.exchange`.
+        """
+        self._heed(self.peers.agree(tag, stop=self.executor.stop_requested, ahead=ahead))
 
     def share(self, tag: str, tensors: list[Tensor], source: int) -> None:
         """Meet the other executors and overwrite `tensors` by those of executor `source`.

@@ -126,6 +126,7 @@ class Executor:
             self.peers.announce_failure(f"EST {rank} failed on executor {self.peers.index}: {error!r}")
             note(error, f"raised in EST {rank} (executor {self.peers.index})")
             raise error
+        self.peers.settle()
         return results
 
     def meet(

@@ -4,14 +4,13 @@ Each executor is one process. `Peers` owns the process groups between them, whic
 only ever sees the virtual world. A rendezvous that spans executors starts with `exchange`: every executor contributes
 a header (what it is about to do, whether it was asked to stop, whether it failed), so that a mismatch or a failure
 elsewhere is an error with a cause and never a hang. Headers have one size, whatever is exchanged; what little else an
-executor has to say travels in them.
+executor has to say travels in them. Only a transfer that an earlier header has agreed on goes without (`ahead`).
 """
 
 from __future__ import annotations
 
 import atexit
 import gc
-import hashlib
 import os
 import pickle
 import socket
@@ -19,7 +18,6 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,44 +25,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from .ahead import Habit, Transfer
 from .errors import CollectiveMismatch, ESTHang, RemoteESTError
+from .header import FAILED, HEADER_BYTES, ROOM, STOP, Header, digest
 from .packing import as_bytes
 from .world import physical_world
 
 _connected: weakref.WeakSet[Peers] = weakref.WeakSet()
 
 _POLL_S = 0.02
-_HEADER_BYTES = 1024
-_ROOM = _HEADER_BYTES - 32
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_FAILED, _STOP = 1, 2
 _FAILURES = "easyscale/failures"
-
-
-@dataclass
-class Header:
-    """What one executor says at the start of a rendezvous."""
-
-    tag: bytes
-    flags: int
-    length: int = 0
-    payload: torch.Tensor | None = None  # the first of `length` bytes
-
-    def encode(self) -> torch.Tensor:
-        """The header as a fixed-size uint8 tensor."""
-        raw = self.tag + self.flags.to_bytes(8, "little") + self.length.to_bytes(8, "little")
-        encoded = torch.frombuffer(bytearray(raw.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
-        if self.payload is not None:
-            said = self.payload[:_ROOM]
-            encoded[len(raw) : len(raw) + said.numel()] = said
-        return encoded
-
-    @classmethod
-    def decode(cls, tensor: torch.Tensor) -> Header:
-        """Inverse of `encode`."""
-        raw = tensor[:32].numpy().tobytes()
-        length = int.from_bytes(raw[24:32], "little")
-        return cls(raw[:16], int.from_bytes(raw[16:24], "little"), length, tensor[32 : 32 + min(length, _ROOM)])
 
 
 class Peers:
@@ -99,6 +70,9 @@ class Peers:
         self.waited_s = 0.0
         self._all_know = False  # that this run has failed
         self._failures = 0
+        self._habit = Habit()
+        self._owed: Transfer | None = None  # agreed on ahead, not yet made
+        self._skipped: Transfer | None = None  # made with blank tensors since the last header
 
     def begin(self) -> None:
         """A run begins, on every executor."""
@@ -114,12 +88,12 @@ class Peers:
         if self.store is not None and self.store.add(_FAILURES, 0) > self._failures:
             self.agree("failure")
 
-    def agree(self, tag: str, *, stop: bool = False) -> bool:
+    def agree(self, tag: str, *, stop: bool = False, ahead: bool = False) -> bool:
         """Start a rendezvous that spans executors; see `exchange`. Returns whether any executor was asked to stop."""
-        return self.exchange(tag, stop=stop)[0]
+        return self.exchange(tag, stop=stop, ahead=ahead)[0]
 
     def exchange(
-        self, tag: str, *, stop: bool = False, payload: torch.Tensor | None = None
+        self, tag: str, *, stop: bool = False, payload: torch.Tensor | None = None, ahead: bool = False
     ) -> tuple[bool, list[torch.Tensor]]:
         """Start a rendezvous that spans executors, and tell the others something.
 
@@ -127,6 +101,7 @@ class Peers:
             tag: what this executor is about to do; must be the same everywhere.
             stop: whether this executor was asked to stop.
             payload: what it has to say, flat uint8 in host memory.
+            ahead: whether to agree on the transfer that usually follows, too.
 
         Returns:
             Whether any executor was asked to stop; every executor's payload, in executor order, each at a multiple of
@@ -140,13 +115,20 @@ class Peers:
         if self.control is None:
             return stop, [_NOTHING if payload is None else payload]
         payload = _NOTHING if payload is None else payload
-        digest = hashlib.blake2b(tag.encode(), digest_size=16).digest()
-        headers = self._exchange_headers(Header(digest, _STOP if stop else 0, payload.numel(), payload), tag)
-        if any(h.flags & _FAILED for h in headers):
+        self.settle()
+        skipped, self._skipped = self._skipped, None
+        if skipped is not None:
+            tag = f"{tag}` without `{skipped.tag}"
+        proposed = self._habit.header(ahead)
+        mine = Header(digest(tag), STOP if stop else 0, payload.numel(), payload)
+        if proposed is not None:
+            mine.ahead = proposed.digest
+        headers = self._exchange_headers(mine, tag)
+        if any(h.flags & FAILED for h in headers):
             self._all_know = True
             causes = self.all_gather_object(None)
             raise RemoteESTError(next(c for c in causes if c is not None))
-        if any(h.tag != digest for h in headers):
+        if any(h.tag != mine.tag for h in headers):
             self._all_know = True
             tags = self.all_gather_object(tag)
             raise CollectiveMismatch(
@@ -154,10 +136,12 @@ class Peers:
                 + ", ".join(f"executor {i} is at `{t}`" for i, t in enumerate(tags))
                 + ". HINT: every rank has to call the same collectives in the same order."
             )
+        if all(h.ahead == mine.ahead for h in headers):
+            self._owed = proposed
         payloads = [_NOTHING if h.payload is None else h.payload for h in headers]
-        if max(h.length for h in headers) > _ROOM:
+        if max(h.length for h in headers) > ROOM:
             payloads = self._gather_bytes(payload, [h.length for h in headers])
-        return any(h.flags & _STOP for h in headers), payloads
+        return any(h.flags & STOP for h in headers), payloads
 
     def announce_failure(self, message: str) -> None:
         """Tell the other executors why this one ends; they learn it at their next `agree`.
@@ -170,7 +154,14 @@ class Peers:
         if self.store is not None:
             self.store.add(_FAILURES, 1)
         with suppress(ESTHang, RemoteESTError):
-            self._exchange_headers(Header(bytes(16), _FAILED), "failure")
+            try:
+                self.settle()
+            except ESTHang:
+                raise
+            except RuntimeError:
+                pass  # of the device, which may be what has failed
+            self._skipped = None
+            self._exchange_headers(Header(bytes(16), FAILED), "failure")
             self.all_gather_object(message)
 
     def all_gather_object(self, obj: Any) -> list[Any]:
@@ -195,13 +186,20 @@ class Peers:
         return [out[:n] for out, n in zip(outputs, lengths, strict=True)]
 
     def share(self, tag: str, tensors: Sequence[torch.Tensor], source: int) -> None:
-        """Start a rendezvous in which executor `source` overwrites the others' `tensors`; see `exchange`."""
+        """Overwrite `tensors` by those of executor `source`, after a header (see `exchange`) if not agreed on ahead."""
         if self.control is None:
             return
+        if all(self._reaches(t.device) for t in tensors):
+            transfer = Transfer.of(tag, tensors, source)
+            self._habit.transfer(transfer)
+            if self._owed is not None and self._owed.digest == transfer.digest:
+                self._owed = None
+                self._broadcast(tag, tensors, source)
+                return
         over_host = all(self._travels_over_host(t.device) for t in tensors)
-        if not over_host or sum(t.numel() * t.element_size() for t in tensors) > _ROOM:
+        if not over_host or sum(t.numel() * t.element_size() for t in tensors) > ROOM:
             self.agree(tag)
-            self.broadcast(tensors, source)
+            self._broadcast(tag, tensors, source)
             return
         said = torch.cat([as_bytes(t).cpu() for t in tensors]) if self.index == source and tensors else None
         _, payloads = self.exchange(tag, payload=said)
@@ -214,18 +212,38 @@ class Peers:
             tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
             offset += size
 
-    def broadcast(self, tensors: Sequence[torch.Tensor], source: int) -> None:
-        """Overwrite `tensors` in place by those of executor `source`."""
-        if self.data is None:
-            return
+    def settle(self) -> None:
+        """Make the transfer that was agreed on ahead, if it is not made yet, for whoever waits for it.
+
+        Called before anything else goes over `data`, and before a header.
+        """
+        if self._owed is not None:
+            self._skipped, self._owed = self._owed, None
+            self._broadcast(self._skipped.tag, self._skipped.blanks(), self._skipped.source)
+
+    def _broadcast(self, tag: str, tensors: Sequence[torch.Tensor], source: int) -> None:
+        """Overwrite `tensors` by those of executor `source`; those of one device are one message."""
+        for device in dict.fromkeys(t.device for t in tensors):
+            # From long elements to short ones, each begins where its type may.
+            together = sorted((t for t in tensors if t.device == device), key=lambda t: -t.element_size())
+            if len(together) == 1 and together[0].is_contiguous():
+                self._broadcast_bytes(tag, as_bytes(together[0]), source)
+                continue
+            sizes = [t.numel() * t.element_size() for t in together]
+            if self.index == source:
+                self._broadcast_bytes(tag, torch.cat([as_bytes(t) for t in together]), source)
+                continue
+            message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+            self._broadcast_bytes(tag, message, source)
+            for tensor, part in zip(together, message.split(sizes), strict=True):
+                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+    def _broadcast_bytes(self, tag: str, message: torch.Tensor, source: int) -> None:
+        assert self.data is not None
         opts = dist.BroadcastOptions()
         opts.rootRank = source
         opts.rootTensor = 0
-        for tensor in tensors:
-            contiguous = tensor if tensor.is_contiguous() else tensor.contiguous()
-            self._wait(self.data.broadcast([contiguous], opts), "broadcast")
-            if contiguous is not tensor:
-                tensor.copy_(contiguous)
+        self._wait(self.data.broadcast([message], opts), tag)
 
     def subset(self, executors: Sequence[int]) -> Peers:
         """Groups among some executors; every executor calls this, members or not."""
@@ -244,6 +262,15 @@ class Peers:
         assert self.data is not None
         return device.type == "cpu" or self.data._get_backend(device).name().lower() == "gloo"
 
+    def _reaches(self, device: torch.device) -> bool:
+        """Whether tensors on `device` can travel over `data`."""
+        assert self.data is not None
+        try:
+            self.data._get_backend(device)
+        except RuntimeError:
+            return False
+        return True
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts the time inside the block as `waited_s`."""
@@ -255,7 +282,7 @@ class Peers:
 
     def _exchange_headers(self, header: Header, tag: str) -> list[Header]:
         assert self.control is not None
-        outputs = [torch.empty(_HEADER_BYTES, dtype=torch.uint8) for _ in range(self.size)]
+        outputs = [torch.empty(HEADER_BYTES, dtype=torch.uint8) for _ in range(self.size)]
         self._wait(self.control.allgather([outputs], [header.encode()]), tag)
         return [Header.decode(o) for o in outputs]
 

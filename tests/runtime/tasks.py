@@ -208,11 +208,12 @@ def ests(
     *,
     fold: str = "ddp",
     store: dist.Store | None = None,
+    control: Any = None,
 ) -> dict[int, Any]:
-    """Run `function(rank)` in every EST of this executor."""
+    """Run `function(rank)` in every EST of this executor; headers go over `control`, if it is given."""
     where = Placement(placement)
     mine = where.ranges[index]
-    peers = Peers(index, len(placement), group, group, store) if len(placement) > 1 else Peers(0, 1)
+    peers = Peers(index, len(placement), control or group, group, store) if len(placement) > 1 else Peers(0, 1)
     worlds = {r: WorldState() for r in mine}
     executor = Executor({r: Context(world) for r, world in worlds.items()}, peers, timeout=20)
 
