@@ -5,8 +5,9 @@ buffers) has followed the gradients of the last steps, executors propose it with
 all do, it needs no header of its own. No executor waits for the others then before a forward.
 
 Each of them still owes that broadcast. One that comes to something else first makes it with blank tensors, so that
-nobody waits for it in vain, and says so in its next header: a difference between executors is found there. So is an
-executor that was killed; over NCCL the device waits for it until then, and so does code that waits for the device.
+nobody waits for it in vain, and says so in its next header: a difference between executors is found there. Over gloo an
+executor that was killed ends the broadcast at once, as its connections close. Over NCCL the others' devices would wait
+for it, so nothing is agreed on ahead there.
 """
 
 from __future__ import annotations

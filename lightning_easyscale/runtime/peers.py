@@ -189,7 +189,7 @@ class Peers:
         """Overwrite `tensors` by those of executor `source`, after a header (see `exchange`) if not agreed on ahead."""
         if self.control is None:
             return
-        if all(self._reaches(t.device) for t in tensors):
+        if all(self._by_gloo(t.device) for t in tensors):
             transfer = Transfer.of(tag, tensors, source)
             self._habit.transfer(transfer)
             if self._owed is not None and self._owed.digest == transfer.digest:
@@ -260,16 +260,15 @@ class Peers:
     def _travels_over_host(self, device: torch.device) -> bool:
         """Not whether a tensor is in host memory: executors of both kinds have to come to the same answer."""
         assert self.data is not None
-        return device.type == "cpu" or self.data._get_backend(device).name().lower() == "gloo"
+        return device.type == "cpu" or self._by_gloo(device)
 
-    def _reaches(self, device: torch.device) -> bool:
-        """Whether tensors on `device` can travel over `data`."""
+    def _by_gloo(self, device: torch.device) -> bool:
+        """Whether `data` takes tensors on `device` over gloo."""
         assert self.data is not None
         try:
-            self.data._get_backend(device)
+            return self.data._get_backend(device).name().lower() == "gloo"
         except RuntimeError:
             return False
-        return True
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
