@@ -1,7 +1,7 @@
 """A training script as a user would write it: nothing in it knows of elasticity.
 
 It keeps a run record and ends with ``result.json``; ``--delay`` makes a step last long enough to be disturbed, until
-the file ``--hurry`` is there.
+the file ``--hurry`` is there. The file ``asleep`` shows that a step has come so far.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from tests.launch.job import Classifier, loader, make_trainer, state_digest
 
 
 class Slow(Classifier):
-    def __init__(self, delay: float, hurry: Path | None) -> None:
+    def __init__(self, delay: float, hurry: Path | None, asleep: Path) -> None:
         super().__init__()
-        self.delay, self.hurry = delay, hurry
+        self.delay, self.hurry, self.asleep = delay, hurry, asleep
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if self.global_rank == 0 and not (self.hurry is not None and self.hurry.exists()):
+            self.asleep.touch()
             time.sleep(self.delay)
         return super().training_step(batch, batch_idx)
 
@@ -64,7 +65,7 @@ def main() -> None:
         max_epochs=arguments.epochs,
         callbacks=callbacks,
     )
-    module = Slow(arguments.delay, arguments.hurry)
+    module = Slow(arguments.delay, arguments.hurry, arguments.out / "asleep")
     workers = {"num_workers": arguments.workers, "persistent_workers": arguments.workers > 0}
     trainer.fit(module, loader(arguments.samples, **workers), loader(shuffle=False))
     if trainer.global_rank == 0:

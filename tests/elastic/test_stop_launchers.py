@@ -74,7 +74,7 @@ def test_a_stop_is_heard_by_all_and_loses_no_bit(tmp_path: Path, reference: Path
 def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
     job = run(tmp_path, "--devices", "2", "--start-method", "fork", "--delay", "30")
     deadline = time.monotonic() + 100
-    while len(executors_of(job)) < 2 or not (tmp_path / "record" / "est-00001.jsonl").exists():
+    while len(executors_of(job)) < 2 or not (tmp_path / "asleep").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     executors = executors_of(job)
