@@ -162,9 +162,11 @@ def restore(record: Mapping[str, Any]) -> None:
 def audit(model: Any, batch: Any) -> dict[str, tuple[int, str]]:
     """Which operations a model calls in one forward and backward pass, and how D2's `portable` policy computes each.
 
+    The pass is made twice: before a dispatch mode, which sees every operation, and as in a run (`kernels.audit`).
+
     Args:
         model: called with the batch: with its items if it is a tuple or list. The gradient of the sum of all
-            floating-point results is taken; gradients of parameters are put back.
+            floating-point results is taken; gradients of parameters are put back. Buffers change as in training.
         batch: input of the model.
 
     Returns:
