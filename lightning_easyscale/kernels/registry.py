@@ -160,8 +160,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 }
 _REPLACED |= {name: elementwise.elementary(name) for name in ("exp", "expm1", "log", "log1p", "tanh", "erf")}
 
-COMMUNICATION = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "symm_mem", "profiler"})
-"""Namespaces of operations without arithmetic of a device, or whose order of additions is not theirs to choose."""
+COMMUNICATION = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor", "profiler"})
+"""Namespaces of operations that communicate or observe; what a collective adds, it adds in an order of its own."""
 
 REPLACED = {f"aten::{name}": function for name, function in _REPLACED.items()}
 """Operations that the format computes, and how."""

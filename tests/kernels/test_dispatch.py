@@ -121,6 +121,39 @@ def test_what_one_thread_allows_ends_when_it_leaves():
         torch.rand(3).cumsum(0)
 
 
+class _Nested(torch.autograd.Function):
+    """A backward within a backward, and so on; torch runs those too deep in threads of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, depth: int, inmost: Any) -> torch.Tensor:
+        ctx.depth, ctx.inmost = depth, inmost
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        if ctx.depth:
+            with torch.enable_grad():
+                _Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.inmost).backward()
+        else:
+            ctx.inmost()
+        return gradients[0], None, None
+
+
+@needs_compiler
+def test_autograd_carries_the_policy_into_its_threads():
+    a, b = torch.randn(40, 300), torch.randn(300, 40)
+    stock = a @ b
+    seen = []
+    with portable():
+        expected = a @ b
+        inmost = lambda: seen.append((threading.get_ident(), a @ b))  # noqa: E731
+        _Nested.apply(torch.ones(1, requires_grad=True), 130, inmost).backward()
+    (thread, found), *_ = seen
+    assert thread != threading.get_ident()
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, stock)
+
+
 def test_a_thread_that_has_gone_is_left_by_another():
     left = put_in_force()
     thread = threading.Thread(target=left.__enter__)

@@ -89,6 +89,8 @@ def test_an_audit_shows_what_would_be_refused():
     assert determinism.audit(lambda x: x.cumsum(0), torch.rand(3)) == {"aten::cumsum": (1, "")}
     assert how_covered("aten::_foreach_addcmul_") == "format"
     assert how_covered("aten::_fused_adam_") == ""
+    assert how_covered("symm_mem::fused_all_gather_matmul") == ""  # communicates, but multiplies too
+    assert how_covered("c10d::allreduce_") == "exact"
 
 
 def test_without_a_compiler_the_refusal_names_the_cure(tmp_path):
