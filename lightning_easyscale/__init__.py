@@ -7,7 +7,12 @@ import sys
 
 # The commands that train nothing need no Lightning, which takes seconds and hundreds of megabytes. While Python looks
 # for the module of `python -m`, `sys.argv` begins so.
-_COMMANDS = ["lightning_easyscale.elastic", "lightning_easyscale.compare", "lightning_easyscale.doctor"]
+_COMMANDS = [
+    "lightning_easyscale.elastic",
+    "lightning_easyscale.elastic.snapshot_process",
+    "lightning_easyscale.compare",
+    "lightning_easyscale.doctor",
+]
 if not (sys.argv[:1] == ["-m"] and any(name in sys.orig_argv for name in _COMMANDS)):
     from .accelerator import EasyScaleAccelerator
     from .callbacks import DeterminismCallback, RunRecord

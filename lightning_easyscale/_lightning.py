@@ -230,7 +230,7 @@ def logged_values(trainer: Trainer) -> list[dict[str, Any]]:
             "meta": {name: getattr(metric.meta, name) for name in _META},
             "reduce_fx": [metric.meta.reduce_fx.__name__, metric.meta.reduce_fx in (sum, min, max)],
             "sync": [metric.meta.sync.should, metric.meta.sync.rank_zero_only],
-            "values": {name: value.detach().cpu().clone() for name, value in metric.metric_state.items()}
+            "values": {name: value.detach().clone() for name, value in metric.metric_state.items()}
             if metric.is_tensor
             else None,
             "updates": metric.update_count,
@@ -267,7 +267,7 @@ def shown_metrics(trainer: Trainer) -> dict[str, dict[str, Any]]:
         # Brings the three up to date; outside a batch that would reduce unfinished epoch values.
         connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics  # noqa: B018
     return {
-        name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in getattr(connector, name).items()}
+        name: {key: torch.as_tensor(value).detach().clone() for key, value in getattr(connector, name).items()}
         for name in _SHOWN
     }
 

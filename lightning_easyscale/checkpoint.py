@@ -4,28 +4,27 @@ The entry holds what plain Lightning does not know: the job's identity (N, level
 of the software and devices, and the state of every EST keyed by its rank, so that any placement can resume it. It is
 made of tensors, numbers, strings and plain containers and loads with ``weights_only=True``.
 
-Commit: the file is written under a temporary name, synced, and renamed; the directory is synced last. So a path either
-holds a whole checkpoint or what it held before. A digest of the content is verified on load.
+A file is committed (`commit.py`): a path holds a whole checkpoint or what it held before. A digest of the content is
+verified on load.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
 
+from .commit import commit
+
 KEY = "easyscale"
 FORMAT = 1
+DIGEST_BYTES = 16
 
 _ALWAYS = ("num_ests", "level", "pool", "kernels", "reduction", "threads_per_est")
 _HINTS = {
@@ -135,9 +134,20 @@ def seal(checkpoint: dict[str, Any]) -> None:
 
 def content_digest(checkpoint: Mapping[str, Any]) -> str:
     """Digest of all tensors and plain values of a checkpoint, the digest itself left out."""
-    digest = hashlib.blake2b(digest_size=16)
-    _feed(digest, {**checkpoint, KEY: {k: v for k, v in checkpoint[KEY].items() if k != "digest"}})
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in content_parts(checkpoint):
+        digest.update(row_major_bytes(part) if isinstance(part, torch.Tensor) else part)
     return digest.hexdigest()
+
+
+def row_major_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order; waits for its device."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def content_parts(checkpoint: Mapping[str, Any]) -> Iterator[bytes | torch.Tensor]:
+    """What the digest is made of, in order; a tensor stands for its bytes in row-major order."""
+    yield from _parts({**checkpoint, KEY: {k: v for k, v in checkpoint[KEY].items() if k != "digest"}})
 
 
 def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -147,32 +157,6 @@ def save(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         OSError: if it cannot be written; what the path held before is untouched then.
     """
     commit(path, lambda file: torch.save(dict(checkpoint), file))
-
-
-def commit(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Let `path` hold what `write` writes, whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written; what the path held before is untouched then.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for torn in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        torn.unlink(missing_ok=True)  # of a process that was killed while it wrote this file
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        # Rename only after the data is on disk; sync the directory only after the rename.
-        os.replace(temporary, target)
-        _sync_directory(target.parent)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def load(
@@ -227,37 +211,24 @@ def _is_intact(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _feed(digest: Any, value: Any) -> None:
+def _parts(value: Any) -> Iterator[bytes | torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"T{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        yield f"T{value.dtype}{tuple(value.shape)}".encode()
+        yield value
     elif isinstance(value, Mapping):
-        digest.update(f"M{len(value)}".encode())
+        yield f"M{len(value)}".encode()
         for key in sorted(value, key=lambda k: (type(k).__name__, repr(k))):
-            digest.update(repr(key).encode())
-            _feed(digest, value[key])
+            yield repr(key).encode()
+            yield from _parts(value[key])
     elif isinstance(value, (list, tuple)):
-        digest.update(f"L{len(value)}".encode())
+        yield f"L{len(value)}".encode()
+        if all(type(item) is int for item in value):  # a generator's state has hundreds
+            yield "".join([f"int:{item}" for item in value]).encode()
+            return
         for item in value:
-            _feed(digest, item)
+            yield from _parts(item)
     elif isinstance(value, (int, float, str, bool, bytes, type(None))):
-        digest.update(f"{type(value).__name__}:{value!r}".encode())
+        yield f"{type(value).__name__}:{value!r}".encode()
     else:
         # A user's own object: its type only, because its representation may name addresses.
-        digest.update(type(value).__qualname__.encode())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _sync_directory(path: Path) -> None:
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield type(value).__qualname__.encode()

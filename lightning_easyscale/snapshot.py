@@ -37,7 +37,7 @@ class ESTState:
         self._follower = follower
 
     def state_dict(self, *, current: bool = True) -> dict[str, Any]:
-        """Tensors on the CPU, numbers, strings and plain containers.
+        """Tensors, numbers, strings and plain containers; most tensors are the live ones, as in Lightning's checkpoint.
 
         Args:
             current: whether the process's generators are this EST's just now.
@@ -48,7 +48,7 @@ class ESTState:
         self._follower.keep(pl.training_loaders(self._trainer))
         return {
             "generators": self._generators.state_dict(),
-            "buffers": {name: _to_host(buffer) for name, buffer in module.named_buffers()},
+            "buffers": {name: buffer.detach() for name, buffer in module.named_buffers()},
             "metrics": {name: _metric_state(metric) for name, metric in _metrics(module)},
             "logged": pl.logged_values(self._trainer),
             "shown": pl.shown_metrics(self._trainer),
@@ -98,7 +98,7 @@ class ESTState:
         """Gradients that wait for the rest of an accumulation window; empty at a step boundary."""
         if not pl.inside_accumulation(self._trainer):
             return {}
-        return {name: _to_host(p.grad) for name, p in module.named_parameters() if p.grad is not None}
+        return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def _metrics(module: LightningModule) -> Iterator[tuple[str, Metric]]:
@@ -107,7 +107,7 @@ def _metrics(module: LightningModule) -> Iterator[tuple[str, Metric]]:
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
     values = {
-        name: [_to_host(v) for v in value] if isinstance(value, list) else _to_host(value)
+        name: [v.detach() for v in value] if isinstance(value, list) else value.detach()
         for name, value in metric.metric_state.items()
     }
     return {"values": values, "updates": metric.update_count}
@@ -119,7 +119,3 @@ def _load_metric(metric: Metric, state: dict[str, Any], device: torch.device) ->
         setattr(metric, name, moved)
     metric._update_count = state["updates"]
     metric._computed = None
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 
 from . import _lightning_loggers as logs
 from . import _lightning_loops as loops
+from .elastic.cadence import BUDGET, Cadence, Every, check_interval
 from .elastic.control import FOLDER_VARIABLE
 from .elastic.events import report
 from .elastic.folder import CheckpointFolder
-from .elastic.host_copy import HostCopy
+from .elastic.host_copy import HostCopy, HostMemory
 from .elastic.notice import STOPPED
 from .elastic.pace import Pace
 from .elastic.replication import ReplicaError, Replication
@@ -90,11 +91,12 @@ class Boundaries:
         strategy: the EST's strategy.
         elastic_dir: folder of an elastic run; None: a stop saves under the Trainer's ``default_root_dir``, and nothing
             is resumed by itself.
-        snapshot_every_n_steps: how often a snapshot is committed in an elastic run.
+        snapshot_every_n_steps: how often a snapshot is committed in an elastic run; ``"auto"``: as `Cadence` says.
+        snapshot_budget: share of training time that snapshots may cost then.
         snapshot_replicas: how many other hosts get each checkpoint where hosts have folders of their own.
 
     Raises:
-        ValueError: for an interval below 1, or one without a folder; for less than no copies.
+        ValueError: for an interval below 1, or one without a folder; for no budget; for less than no copies.
 
     Attributes:
         resumed_before: the boundary of the checkpoint that training has started from, while it has not got further.
@@ -106,25 +108,21 @@ class Boundaries:
         self,
         strategy: EasyScaleStrategy,
         elastic_dir: str | os.PathLike[str] | None,
-        snapshot_every_n_steps: int | None = None,
+        snapshot_every_n_steps: Every = None,
+        snapshot_budget: float = BUDGET,
         snapshot_replicas: int = 1,
     ) -> None:
         given = elastic_dir if elastic_dir is not None else os.environ.get(FOLDER_VARIABLE)
         self.elastic_dir = Path(given).absolute() if given else None
-        if snapshot_every_n_steps is not None and self.elastic_dir is None:
-            raise ValueError(
-                f"`snapshot_every_n_steps={snapshot_every_n_steps}` has nowhere to write. HINT: set `elastic_dir`, or"
-                f" the variable {FOLDER_VARIABLE}."
-            )
-        if snapshot_every_n_steps is not None and snapshot_every_n_steps < 1:
-            raise ValueError(
-                f"`snapshot_every_n_steps={snapshot_every_n_steps}` is not an interval. HINT: give at least 1."
-            )
+        has_folder = self.elastic_dir is not None
+        check_interval(snapshot_every_n_steps, snapshot_budget, folder=has_folder, variable=FOLDER_VARIABLE)
         if snapshot_replicas < 0:
             raise ValueError(
                 f"`snapshot_replicas={snapshot_replicas}` is not a number of copies. HINT: give 0 or more."
             )
-        self._snapshot_every = snapshot_every_n_steps
+        self._snapshot_every, self._snapshot_budget = snapshot_every_n_steps, snapshot_budget
+        self._cadence: Cadence | None = None  # on the rank that writes
+        self._snapshots_seen = 0
         self._replicas = snapshot_replicas
         self._looked_at = 0
         self.resumed_before: str | None = None
@@ -135,6 +133,7 @@ class Boundaries:
         self._forget_pace()
         self._leaves_validation = False  # a stop does, in the validation that goes on
         self._before_validation: HostCopy | None = None  # its checkpoint, on the rank that writes
+        self._memory = HostMemory()  # for that copy
         self._validation_began = 0.0
 
     def _forget_pace(self) -> None:
@@ -202,6 +201,9 @@ class Boundaries:
 
     def close(self) -> None:
         """Called on the lead when a `fit` has ended, however it did."""
+        self._session.snapshots.close()
+        self._before_validation = None
+        self._memory.free()
         if self._session.copies is not None:
             self._session.copies.close()
             self._session.copies = None
@@ -224,6 +226,9 @@ class Boundaries:
             self.resumed_before = before
         self._start = loops.position(trainer)
         self._looked_at = self._start[0]
+        self._snapshots_seen = self._session.executor.snapshots_agreed
+        if self._snapshot_every == "auto" and self._strategy.is_global_zero:
+            self._cadence = Cadence(self._snapshot_budget, tell=rank_zero_info)
         self._strategy.barrier("start of training")  # a signal that came in start-up is known to all from here
         self._begun = True
 
@@ -245,6 +250,10 @@ class Boundaries:
         if self._leaves_validation:
             self._leaves_validation, self._before_validation = False, None
             self._validation_seconds = time.monotonic() - self._validation_began
+        if self._cadence is not None:
+            writing = self._session.snapshots.busy
+            if self._cadence.reached(loops.position(self._trainer)[0], following, writing=writing):
+                self._session.executor.snapshot_requested = True
         if following == "next_batch":
             self._meet_if_due(self._training)
         long = following == "validation" and self._may_be_long()
@@ -252,7 +261,7 @@ class Boundaries:
             self._stop(lambda: self._checkpoint(following))
         if long:
             checkpoint = self._checkpoint("validation")
-            self._before_validation = HostCopy(checkpoint) if self._strategy.is_global_zero else None
+            self._before_validation = HostCopy(checkpoint, self._memory) if self._strategy.is_global_zero else None
             self._leaves_validation = True
             self._validation_began = time.monotonic()
             self._validation.start(self._session.executor.world_meetings)
@@ -273,6 +282,9 @@ class Boundaries:
     def _snapshot_due(self) -> bool:
         every, (step, _) = self._snapshot_every, loops.position(self._trainer)
         before, self._looked_at = self._looked_at, step
+        if every == "auto":
+            seen, self._snapshots_seen = self._snapshots_seen, self._session.executor.snapshots_agreed
+            return seen < self._snapshots_seen
         return every is not None and step // every > before // every
 
     def _snapshot(self, following: str) -> None:
@@ -280,7 +292,10 @@ class Boundaries:
         if self._strategy.is_global_zero:
             step, batch = loops.position(self._trainer)
             assert self._session.copies is not None
+            began = time.perf_counter()
             self._session.snapshots.submit(self._session.copies, checkpoint, step=step, batch=batch)
+            if self._cadence is not None:
+                self._cadence.took(time.perf_counter() - began)
 
     def _meet_if_due(self, pace: Pace) -> None:
         session = self._session

@@ -27,6 +27,7 @@ from .checkpoint_strategy import CheckpointStrategy
 from .checkpointing import Checkpointing
 from .compatibility import check_arguments, check_trainer, refuse_in_pytorch_lightning
 from .devices import DeviceType, d2_policy, has_cpu, pinned_environment
+from .elastic.cadence import BUDGET
 from .elastic.events import EVENTS_VARIABLE, report, report_step
 from .environment import ensure_environment
 from .execution import Execution
@@ -67,7 +68,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels.
         elastic_dir: folder of an elastic run; default: the variable ``EASYSCALE_ELASTIC_DIR``. A stop signal saves into
             its ``checkpoints/``; `fit` starts from the newest good checkpoint there, whatever `ckpt_path` says.
-        snapshot_every_n_steps: for crashes, a thread commits a snapshot there after every so many optimizer steps.
+        snapshot_every_n_steps: for crashes, a snapshot is committed there after every so many optimizer steps;
+            ``"auto"``: as often as `snapshot_budget`, a share of training time, allows (`elastic.cadence`).
         snapshot_replicas: where hosts have folders of their own, how many other hosts get each checkpoint.
 
     Raises:
@@ -102,7 +104,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         allow: Sequence[str] = (),
         allow_operations: Sequence[str] = (),
         elastic_dir: str | os.PathLike[str] | None = None,
-        snapshot_every_n_steps: int | None = None,
+        snapshot_every_n_steps: int | Literal["auto"] | None = None,
+        snapshot_budget: float = BUDGET,
         snapshot_replicas: int = 1,
     ) -> None:
         options: dict[str, Any] = {
@@ -134,7 +137,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         self._max_ests = dict(max_ests or {})
         self.execution = Execution(self, process_group_backend, allow_operations)
         self.checkpointing = Checkpointing(self, allow=tuple(allow))
-        self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps, snapshot_replicas)
+        self.boundaries = Boundaries(self, elastic_dir, snapshot_every_n_steps, snapshot_budget, snapshot_replicas)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} for `lightning.pytorch.Trainer`, num_ests={self._num_ests}, {self.level}>"

@@ -39,12 +39,14 @@ class BenchConf:
         models: model -> how it is run.
         calls: calls of a collective, and a thousandth of the hand-overs, in a timed block.
         snapshot_steps: optimizer steps of a block with one snapshot.
+        automatic_steps: of a block with as many snapshots as the budget allows.
     """
 
     blocks: int = MISSING
     models: Dict[str, ModelConf] = MISSING  # noqa: UP006
     calls: int = MISSING
     snapshot_steps: int = MISSING
+    automatic_steps: int = MISSING
 
 
 @dataclass
@@ -93,6 +95,6 @@ def check(conf: OverheadConf) -> None:
         raise ConfigError(f"`accelerator={conf.accelerator}` is unknown. HINT: use 'auto', 'cpu' or 'gpu'.")
     if missing := {"resnet18", "tiny", "empty"} - set(conf.bench.models):
         raise ConfigError(f"`bench.models` lacks {sorted(missing)[0]!r}. HINT: give resnet18, tiny and empty.")
-    for key in ("blocks", "calls", "snapshot_steps"):
+    for key in ("blocks", "calls", "snapshot_steps", "automatic_steps"):
         if (value := getattr(conf.bench, key)) < 1:
             raise ConfigError(f"`bench.{key}={value}` is too few. HINT: at least 1.")

@@ -49,7 +49,7 @@ class Side:
         repeats: one batch is made once and trained on again and again, so that data costs nothing.
         slices: report how long each EST has held the baton.
         releases: free the allocator's cache after the warm-up, once ``go`` holds -1.
-        snapshot_every: optimizer steps between EasyScale's snapshots, which go to the side's directory.
+        snapshot_every: optimizer steps between EasyScale's snapshots, which go to the side's directory; or ``auto``.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Side:
     repeats: bool = False
     slices: bool = False
     releases: bool = False
-    snapshot_every: int | None = None
+    snapshot_every: int | str | None = None
 
     def ranks(self) -> list[dict[str, str]]:
         """For each process, the variables that tell it which one it is."""
@@ -314,7 +314,7 @@ def _arguments(side: Side) -> dict[str, Any]:
         gradient_offload=side.offload,  # type: ignore[arg-type]
         overlap_backward=side.overlaps,
         elastic_dir=_empty(Path(side.directory) / "elastic") if side.snapshot_every is not None else None,
-        snapshot_every_n_steps=side.snapshot_every,
+        snapshot_every_n_steps=side.snapshot_every,  # type: ignore[arg-type]
     )
     return {"strategy": strategy, "devices": side.executors}
 

@@ -52,7 +52,7 @@ class RunSpec:
         report: file that executor ``i`` appends the time of each of its steps to, as ``<report>.<i>``; None: no file.
         control: file that ends the run at the next step, with a checkpoint, when it appears; None: no file.
         rebalance: arguments of `Rebalance`; None: ESTs stay.
-        snapshot_every: optimizer steps between snapshots of an elastic run; None: no snapshots.
+        snapshot_every: optimizer steps between snapshots of an elastic run, or ``auto``; None: no snapshots.
         phases: file in which executors keep what they are doing (`_phases`); None: no file.
         start_method: how the strategy's launcher makes processes: ``"popen"`` or ``"fork"``.
     """
@@ -84,7 +84,7 @@ class RunSpec:
     control: str | None = None
     rebalance: dict[str, Any] | None = None
     step_seconds: dict[str, float] | None = None
-    snapshot_every: int | None = None
+    snapshot_every: int | str | None = None
     phases: str | None = None
     job_steps: int | None = None
     start_method: Literal["popen", "fork"] = "popen"
@@ -190,7 +190,7 @@ def _easyscale_arguments(spec: RunSpec) -> dict[str, Any]:
         step_seconds=spec.step_seconds,
         process_group_backend=spec.process_group_backend,
         start_method=spec.start_method,
-        snapshot_every_n_steps=spec.snapshot_every,
+        snapshot_every_n_steps=spec.snapshot_every,  # type: ignore[arg-type]
     )
     # over several hosts, torchrun started this process and says which of them this is
     here = spec.hosts[int(os.environ["GROUP_RANK"])] if spec.hosts else spec.devices

@@ -19,6 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_easyscale.elastic import snapshot_process
+
 from ._elastic_run import ElasticRun
 from ._phases import read_phases
 
@@ -133,7 +135,7 @@ class Trouble:
             others = [count for count in range(1, self._num_ests + 1) if count != status["count"]]
             done = bool(others) and run.resize(str(self._choose.choice(others)))
         elif action == "worker_kill":
-            workers = _children(pid)
+            workers = [child for child in _children(pid) if not _writes_snapshots(child)]
             done = bool(workers) and _kill(self._choose.choice(workers), signal.SIGKILL)
         else:
             done = _kill(pid, signal.SIGTERM if action == "sigterm" else signal.SIGKILL)
@@ -165,6 +167,12 @@ def _children(parent: int) -> list[int]:
             if int(ppid) == parent and state != "Z":
                 found.append((int(others[17]), int(name)))
     return [pid for _, pid in sorted(found)]
+
+
+def _writes_snapshots(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return snapshot_process.__name__.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _kill(pid: int, number: int) -> bool:

@@ -9,7 +9,8 @@ block):
   nothing;
 - ``memory``: what one more EST needs beyond the parameters that all share;
 - ``collectives``: calls of the virtual world / stock gloo (NCCL on GPUs), and how often each hands on the baton;
-- ``snapshots``: steps during which a snapshot is copied and committed / the same without.
+- ``snapshots``: steps during which a snapshot is copied and committed / the same without; and steps with snapshots as
+  often as they may be taken for 1 % / the same without.
 
 Every number is the median of the blocks, with the least and the greatest; a ratio is that of neighbouring blocks, so a
 slow spell of the machine falls on both sides. Into ``hydra.run.dir`` go ``overhead.json`` (all blocks),
@@ -19,6 +20,7 @@ slow spell of the machine falls on both sides. Into ``hydra.run.dir`` go ``overh
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import platform
 import statistics
@@ -164,11 +166,9 @@ class Bench:
         return rows
 
     def snapshots(self) -> list[Row]:
-        """(f): blocks with one snapshot each, taken after their first step."""
-        k, steps, name = self.conf.ests, self.conf.bench.snapshot_steps, "snapshots resnet18"
-        size = replace(self.conf.bench.models["resnet18"], steps=steps, warmup=2 * steps - 1)
-        side = ("easyscale", k, 1)
-        results = self._compare(name, "resnet18", size=size, snapshot_every={"on": steps}, on=side, off=side)
+        """(f): blocks with one snapshot each, taken after their first step; then with the automatic interval."""
+        steps, name = self.conf.bench.snapshot_steps, "snapshots resnet18"
+        results = self._with_snapshots(name, every=steps, steps=steps, warmup=2 * steps - 1)
         rows = [
             _ratio(name, f"a snapshot every {steps} steps / none", *results.values(), aim=AIMS["snapshots"]),
             _ratio(name, "the same, CPU time", *results.values(), key="cpu"),
@@ -176,7 +176,20 @@ class Bench:
         cost = [1e3 * steps * (a["seconds"] - b["seconds"]) for a, b in zip(*results.values(), strict=True)]
         rows.append(_row(name, "what a snapshot adds", "ms", cost))
         written = [entry["counts"]["snapshots"] for entry in results["on"]]
-        return [*rows, _row(name, "snapshots committed until the end of a block", "", written)]
+        rows.append(_row(name, "snapshots committed until the end of a block", "", written))
+        steps, name = self.conf.bench.automatic_steps, "snapshots resnet18 auto"
+        results = self._with_snapshots(name, every="auto", steps=steps, warmup=steps)
+        what = "snapshots as often as 1 % allows / none"
+        rows.append(_ratio(name, what, *results.values(), aim=AIMS["snapshots"]))
+        rows.append(_ratio(name, "the same, CPU time", *results.values(), key="cpu"))
+        written = [entry["counts"]["snapshots"] for entry in results["on"]]
+        between = [b - a for a, b in itertools.pairwise(written)] or written
+        return [*rows, _row(name, f"snapshots committed in {steps} steps", "", between)]
+
+    def _with_snapshots(self, name: str, *, every: int | str, steps: int, warmup: int) -> dict[str, list[Row]]:
+        size = replace(self.conf.bench.models["resnet18"], steps=steps, warmup=warmup)
+        side = ("easyscale", self.conf.ests, 1)
+        return self._compare(name, "resnet18", size=size, snapshot_every={"on": every}, on=side, off=side)
 
     def _compare(
         self,
@@ -186,7 +199,7 @@ class Bench:
         blocks: int | None = None,
         reduction: str | None = None,
         size: ModelConf | None = None,
-        snapshot_every: Mapping[str, int] | None = None,
+        snapshot_every: Mapping[str, int | str] | None = None,
         **sides: tuple[str, int, int],
     ) -> dict[str, list[dict[str, Any]]]:
         bench = self.conf.bench

@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional  # noqa: UP035  OmegaConf reads these at run time
+from typing import Any, Dict, List, Optional, Union  # noqa: UP035  OmegaConf reads these at run time
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -62,7 +62,7 @@ class SoakConf:
         steps: optimizer steps of a round.
         pauses_s: seconds an EST sleeps in each micro-batch, so that there is a step to disturb; one is drawn per round.
         in_place: share of the rounds that change devices in place.
-        snapshot_every: optimizer steps between snapshots.
+        snapshot_every: optimizer steps between snapshots, or ``auto``.
         quiet_steps: most steps between two events.
         burst: share of events that follow the one before within a second.
         actions: how often each is drawn, relatively (`_trouble.ACTIONS`).
@@ -80,7 +80,7 @@ class SoakConf:
     steps: int = 60
     pauses_s: List[float] = field(default_factory=lambda: [0.01, 0.03, 0.1])  # noqa: UP006
     in_place: float = 0.5
-    snapshot_every: int = 4
+    snapshot_every: Union[int, str] = 4  # noqa: UP007
     quiet_steps: int = 6
     burst: float = 0.3
     actions: Dict[str, float] = field(  # noqa: UP006

@@ -1,6 +1,6 @@
 """The folder of checkpoints from which an elastic job goes on.
 
-Names hold the position: ``step=00000012-batch=00000048.ckpt``. A new checkpoint is committed (`checkpoint.save`) before
+Names hold the position: ``step=00000012-batch=00000048.ckpt``. A new checkpoint is committed (`commit.py`) before
 older ones are removed, and the newest is chosen by reading and verifying it, so a process that is killed at any moment
 leaves a good one behind, if there was one. When training has ended by itself the folder is emptied: the next run with
 it is a new one.
@@ -18,10 +18,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import checkpoint as ckpt
+from ..commit import commit
 
 _NAME = re.compile(r"step=(\d+)-batch=(\d+)\.ckpt")
 _MARK = ".identity"
 _MARKING_SECONDS = 5.0
+
+
+Save = Callable[[dict[str, Any], Path], None]
+
+
+def save_sealed(checkpoint: dict[str, Any], path: Path) -> None:
+    """Commit a checkpoint, with its digest, to a path.
+
+    Raises:
+        OSError: if it cannot be written; what the path held before is untouched then.
+    """
+    ckpt.seal(checkpoint)
+    ckpt.save(checkpoint, path)
 
 
 class CheckpointFolder:
@@ -52,20 +66,20 @@ class CheckpointFolder:
             probe.touch()
             probe.unlink()
 
-    def commit(self, checkpoint: dict[str, Any], *, step: int, batch: int) -> Path:
+    def commit(self, checkpoint: dict[str, Any], *, step: int, batch: int, save: Save = save_sealed) -> Path:
         """Write a checkpoint whole, then remove older ones but for the newest of them.
 
         Args:
             checkpoint: with an ``easyscale`` entry, which gets its digest here.
             step: optimizer steps done.
             batch: micro-batches done per EST.
+            save: commits it to a path, with its digest.
 
         Raises:
             OSError: if it cannot be written; the older ones are still there then.
         """
-        ckpt.seal(checkpoint)
         path = self.path / f"{self._prefix}step={step:08d}-batch={batch:08d}.ckpt"
-        ckpt.save(checkpoint, path)
+        save(checkpoint, path)
         self._remove_older(path.name)
         return path
 
@@ -82,7 +96,7 @@ class CheckpointFolder:
         """
         if self._position(name) is None:
             raise ValueError(f"`{name}` is not the name of a checkpoint of this job")
-        ckpt.commit(self.path / name, write)
+        commit(self.path / name, write)
         self._remove_older(name)
 
     def entry(self, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ..checkpoint import CheckpointError
 from ..runtime.peers import Peers
-from .folder import CheckpointFolder
+from .folder import CheckpointFolder, Save, save_sealed
 from .transfer import Address, Receiver, send
 
 T = TypeVar("T")
@@ -82,14 +82,14 @@ class Replication:
                 return self.folder.path / name, checked[good[0]][0]
         return None
 
-    def commit(self, checkpoint: dict[str, Any], *, step: int, batch: int) -> Path:
-        """Commit a checkpoint and copy it to other hosts; executor 0's affair.
+    def commit(self, checkpoint: dict[str, Any], *, step: int, batch: int, save: Save = save_sealed) -> Path:
+        """Commit a checkpoint and copy it to other hosts; executor 0's affair. See `CheckpointFolder.commit`.
 
         Raises:
             OSError: if it cannot be written.
             ReplicaError: if it was written here and could not be copied.
         """
-        path = self.folder.commit(checkpoint, step=step, batch=batch)
+        path = self.folder.commit(checkpoint, step=step, batch=batch, save=save)
         copies, failures = 0, []
         for keeper, address in list(self._others):
             if copies == self._replicas:

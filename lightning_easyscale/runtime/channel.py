@@ -15,6 +15,7 @@ from torch import Tensor
 from ..placement import Placement
 from .collectives import Fold, on_host
 from .executor import Executor
+from .header import SNAPSHOT, STOP
 from .packing import pack, unpack
 from .peers import Peers
 
@@ -48,8 +49,8 @@ class Channel:
     def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
         """Exchange deposits between executors and compute the local members' results."""
         payload = None if self.peers.size == 1 else pack(on_host(deposits))
-        stop, parts = self.peers.exchange(tag, stop=self.executor.stop_requested, payload=payload)
-        self._heed(stop)
+        asked, parts = self.peers.exchange(tag, asked=self._asked, payload=payload)
+        self._heed(asked)
         every: dict[int, Any] = {}
         for part in parts if payload is not None else ():
             every.update(unpack(part))
@@ -59,26 +60,34 @@ class Channel:
         return {r: results[self.ranks.index(r)] for r in self.local}
 
     def agree(self, tag: str, *, ahead: bool = False) -> None:
-        """Meet the other executors; the stop request travels with it.
+        """Meet the other executors; what they were asked for travels with it.
 
         Args:
             tag: what for.
             ahead: see `Peers.exchange`.
         """
-        self._heed(self.peers.agree(tag, stop=self.executor.stop_requested, ahead=ahead))
+        self._heed(self.peers.agree(tag, asked=self._asked, ahead=ahead))
 
     def share(self, tag: str, tensors: list[Tensor], source: int) -> None:
         """Meet the other executors and overwrite `tensors` by those of executor `source`.
 
-        Carries no stop request: the ESTs that ask first are ahead of the others, who would stop a step earlier.
+        Carries no request: the ESTs that ask first are ahead of the others, who would stop a step earlier.
         """
         self.peers.share(tag, tensors, source)
 
-    def _heed(self, stop: bool) -> None:
+    @property
+    def _asked(self) -> int:
+        executor = self.executor
+        return (STOP if executor.stop_requested else 0) | (SNAPSHOT if executor.snapshot_requested else 0)
+
+    def _heed(self, asked: int) -> None:
         """All members have arrived: those that follow see the same, wherever they run."""
         if self.covers_world:
             self.executor.world_meetings += 1
-            self.executor.stop_agreed |= stop
+            self.executor.stop_agreed |= bool(asked & STOP)
+            if asked & SNAPSHOT:
+                self.executor.snapshots_agreed += 1
+                self.executor.snapshot_requested = False
 
     def duplicate(self, name: str) -> Channel:
         """Another channel over the same ESTs, with a sequence of its own."""

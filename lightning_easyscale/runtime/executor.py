@@ -42,9 +42,10 @@ class Executor:
         meetings: how many rendezvous were completed here.
         mail: messages between ESTs.
         world_meetings: how many of them were of all ESTs of the job.
-        stop_requested: whether this executor was asked to stop.
+        stop_requested: whether this executor was asked to stop; `snapshot_requested` likewise.
         stop_agreed: whether all ESTs know that one was; changes only while all of them meet, so that every EST sees the
             same value between the same two meetings.
+        snapshots_agreed: how many snapshots all ESTs know of; likewise.
     """
 
     def __init__(self, contexts: Mapping[int, Context], peers: Peers, *, timeout: float) -> None:
@@ -52,11 +53,10 @@ class Executor:
         self.lead = self.ranks[0]
         self.peers = peers
         self.timeout = timeout
-        self.stop_requested = False
+        self.stop_requested = self.snapshot_requested = False
         self.stop_agreed = False
-        self.switches = 0
-        self.meetings = 0
-        self.world_meetings = 0
+        self.snapshots_agreed = 0
+        self.switches = self.meetings = self.world_meetings = 0
         self.holder: int | None = None
         self._ests = {rank: EST(rank, context) for rank, context in contexts.items()}
         self._meetings: dict[Any, Meeting] = {}

@@ -10,7 +10,7 @@ import torch
 HEADER_BYTES = 1024
 _LEAD = 48
 ROOM = HEADER_BYTES - _LEAD
-FAILED, STOP = 1, 2
+FAILED, STOP, SNAPSHOT = 1, 2, 4
 
 
 def digest(text: str) -> bytes:

@@ -2,7 +2,7 @@
 
 Each executor is one process. `Peers` owns the process groups between them, which are private to the runtime: user code
 only ever sees the virtual world. A rendezvous that spans executors starts with `exchange`: every executor contributes
-a header (what it is about to do, whether it was asked to stop, whether it failed), so that a mismatch or a failure
+a header (what it is about to do, what it was asked for, whether it failed), so that a mismatch or a failure
 elsewhere is an error with a cause and never a hang. Headers have one size, whatever is exchanged; what little else an
 executor has to say travels in them. Only a transfer that an earlier header has agreed on goes without (`ahead`).
 """
@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from .ahead import Habit, Transfer
 from .errors import CollectiveMismatch, ESTHang, RemoteESTError
-from .header import FAILED, HEADER_BYTES, ROOM, STOP, Header, digest
+from .header import FAILED, HEADER_BYTES, ROOM, Header, digest
 from .packing import as_bytes
 from .world import physical_world
 
@@ -88,23 +90,23 @@ class Peers:
         if self.store is not None and self.store.add(_FAILURES, 0) > self._failures:
             self.agree("failure")
 
-    def agree(self, tag: str, *, stop: bool = False, ahead: bool = False) -> bool:
-        """Start a rendezvous that spans executors; see `exchange`. Returns whether any executor was asked to stop."""
-        return self.exchange(tag, stop=stop, ahead=ahead)[0]
+    def agree(self, tag: str, *, asked: int = 0, ahead: bool = False) -> int:
+        """Start a rendezvous that spans executors; see `exchange`. Returns what any executor was asked for."""
+        return self.exchange(tag, asked=asked, ahead=ahead)[0]
 
     def exchange(
-        self, tag: str, *, stop: bool = False, payload: torch.Tensor | None = None, ahead: bool = False
-    ) -> tuple[bool, list[torch.Tensor]]:
+        self, tag: str, *, asked: int = 0, payload: torch.Tensor | None = None, ahead: bool = False
+    ) -> tuple[int, list[torch.Tensor]]:
         """Start a rendezvous that spans executors, and tell the others something.
 
         Args:
             tag: what this executor is about to do; must be the same everywhere.
-            stop: whether this executor was asked to stop.
+            asked: what this executor was asked for, `header.STOP` and `header.SNAPSHOT`.
             payload: what it has to say, flat uint8 in host memory.
             ahead: whether to agree on the transfer that usually follows, too.
 
         Returns:
-            Whether any executor was asked to stop; every executor's payload, in executor order, each at a multiple of
+            What any executor was asked for; every executor's payload, in executor order, each at a multiple of
             16 bytes of its storage.
 
         Raises:
@@ -113,14 +115,14 @@ class Peers:
             ESTHang: if another executor did not arrive within the timeout, or vanished.
         """
         if self.control is None:
-            return stop, [_NOTHING if payload is None else payload]
+            return asked, [_NOTHING if payload is None else payload]
         payload = _NOTHING if payload is None else payload
         self.settle()
         skipped, self._skipped = self._skipped, None
         if skipped is not None:
             tag = f"{tag}` without `{skipped.tag}"
         proposed = self._habit.header(ahead)
-        mine = Header(digest(tag), STOP if stop else 0, payload.numel(), payload)
+        mine = Header(digest(tag), asked, payload.numel(), payload)
         if proposed is not None:
             mine.ahead = proposed.digest
         headers = self._exchange_headers(mine, tag)
@@ -141,7 +143,7 @@ class Peers:
         payloads = [_NOTHING if h.payload is None else h.payload for h in headers]
         if max(h.length for h in headers) > ROOM:
             payloads = self._gather_bytes(payload, [h.length for h in headers])
-        return any(h.flags & STOP for h in headers), payloads
+        return reduce(or_, (h.flags for h in headers)), payloads
 
     def announce_failure(self, message: str) -> None:
         """Tell the other executors why this one ends; they learn it at their next `agree`.

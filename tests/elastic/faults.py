@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 from lightning.pytorch import Callback
 
+from lightning_easyscale.elastic import snapshot_process
 from lightning_easyscale.elastic.notice import SAME_NOTICE_SECONDS, StopNotice
 
 
@@ -29,8 +30,8 @@ class Fault:
         step: optimizer steps done then.
         phase: name of the callback hook in which it happens, or a place of the job's that calls `reach`.
         action: name of a signal; ``"SIGTERM twice"``: as two notices; ``"group"``: SIGTERM to the whole process group;
-            ``"exception"``; ``"SIGKILL in a save"``: the next time a file is synced, after its content was written;
-            ``"SIGKILL to a loader worker"``.
+            ``"exception"``; ``"SIGKILL in a save"``: the next time a file is synced, after its content was written,
+            or while another process writes a snapshot; ``"SIGKILL to a loader worker"``.
         nth: which of the hook's calls at that step, from 1.
         life: which start of the job, from 0.
     """
@@ -47,9 +48,10 @@ class Fault:
         if self.action == "exception":
             raise InjectedError(f"injected on rank {self.rank} in {self.phase}")
         if self.action == "SIGKILL in a save":
-            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,misc]
+            os.fsync = _killed  # type: ignore[assignment]
+            snapshot_process._receive = _killed  # a snapshot was ordered of another process
         elif self.action == "SIGKILL to a loader worker":
-            psutil.Process().children()[0].kill()
+            multiprocessing.active_children()[0].kill()
         elif self.action == "SIGTERM twice":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(SAME_NOTICE_SECONDS + 1)  # a loaded machine may hear the first one late
@@ -67,6 +69,10 @@ class Fault:
     def __str__(self) -> str:
         where = self.phase + (f" (call {self.nth})" if self.nth > 1 else "")
         return f"{self.action} in EST {self.rank}, step {self.step}, {where}"
+
+
+def _killed(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _wait_until_heard() -> None:

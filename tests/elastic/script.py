@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--hurry", type=Path)
-    parser.add_argument("--snapshots", type=int, help="steps between two of them")
+    parser.add_argument("--snapshots", type=lambda text: text if text == "auto" else int(text), help="interval")
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--reference", action="store_true", help="stock DDP, in a process per worker")
     arguments = parser.parse_args()

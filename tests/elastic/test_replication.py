@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from lightning_easyscale import checkpoint as ckpt
+from lightning_easyscale.elastic import folder as folders
 from lightning_easyscale.elastic import transfer
 from lightning_easyscale.elastic.folder import CheckpointFolder
 from lightning_easyscale.elastic.replication import ReplicaError, Replication
@@ -207,14 +208,14 @@ def test_a_full_disk_of_the_other_host_is_told_and_leaves_what_it_had(
     a, b, *_ = hosts
     with Job(a, b) as job:
         job.commit(2)
-        commit = ckpt.commit
+        commit = folders.commit
 
         def full(path: Path, write: Any) -> None:
             if b in Path(path).parents:
                 raise OSError(28, "No space left on device")
             commit(path, write)
 
-        monkeypatch.setattr(ckpt, "commit", full)
+        monkeypatch.setattr(folders, "commit", full)
         with pytest.raises(ReplicaError, match=r"executor 1: \[Errno 28\] No space left on device"):
             job.commit(4)
     assert held(b) == [NAMES[2]]

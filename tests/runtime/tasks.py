@@ -16,6 +16,7 @@ from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 from lightning_easyscale.runtime.channel import Channel
 from lightning_easyscale.runtime.executor import Executor
+from lightning_easyscale.runtime.header import STOP
 from lightning_easyscale.runtime.peers import Peers
 from lightning_easyscale.runtime.process_group import VirtualProcessGroup
 from lightning_easyscale.runtime.world import WorldState, install, set_world, uninstall
@@ -259,7 +260,7 @@ def disagree(group: Any, rank: int, what: str, store: str = "") -> tuple[str, st
 def agree(group: Any, rank: int) -> list[Any]:
     """Stop flags and objects of three executors."""
     peers = Peers(rank, 3, group, group)
-    flags = [peers.agree("a"), peers.agree("b", stop=rank == 2), peers.agree("c")]
+    flags = [peers.agree("a"), peers.agree("b", asked=STOP if rank == 2 else 0), peers.agree("c")]
     return [*flags, peers.all_gather_object("x" * rank), peers.physical_collectives]
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lightning_easyscale.reduction.orders import ring_fold
 from lightning_easyscale.runtime.collectives import all_reduce
+from lightning_easyscale.runtime.header import STOP
 from tests.reduction.pool import Pool
 
 from . import tasks
@@ -66,7 +67,7 @@ def test_a_failure_elsewhere_is_told_with_its_cause(pool: Pool, tmp_path: Path, 
 
 def test_executors_agree_on_stopping(pool: Pool) -> None:
     for stops in pool.run(3, tasks.agree):
-        assert stops[:4] == [False, True, False, ["", "x", "xx"]]
+        assert stops[:4] == [0, STOP, 0, ["", "x", "xx"]]
 
 
 @pytest.mark.parametrize("placement", [(3,), (2, 1), (1, 1, 1)])
