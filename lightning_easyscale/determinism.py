@@ -10,6 +10,7 @@ number of threads per EST changes CPU bits, so it is a property of the job, neve
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -249,6 +250,7 @@ def fingerprint(device_types: Sequence[str]) -> dict[str, str | int]:
     }
 
 
+@functools.cache  # metadata are files to be parsed, and a checkpoint has them all
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -256,6 +258,7 @@ def _version(package: str) -> str:
         return ""
 
 
+@functools.cache  # of the machine
 def _first_match(path: Path, pattern: str) -> str:
     try:
         found = re.search(pattern, path.read_text())

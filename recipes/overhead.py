@@ -178,7 +178,7 @@ class Bench:
         written = [entry["counts"]["snapshots"] for entry in results["on"]]
         rows.append(_row(name, "snapshots committed until the end of a block", "", written))
         steps, name = self.conf.bench.automatic_steps, "snapshots resnet18 auto"
-        results = self._with_snapshots(name, every="auto", steps=steps, warmup=steps)
+        results = self._with_snapshots(name, every="auto", steps=steps, warmup=3 * steps)
         what = "snapshots as often as 1 % allows / none"
         rows.append(_ratio(name, what, *results.values(), aim=AIMS["snapshots"]))
         rows.append(_ratio(name, "the same, CPU time", *results.values(), key="cpu"))

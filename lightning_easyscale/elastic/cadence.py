@@ -54,6 +54,7 @@ class Cadence:
         self._clock = clock
         self._tell = tell
         self._told: float | None = None
+        self._is_second = False  # of all snapshots, the one that is written
         self._step: int | None = None
         self._since = self._began = clock()  # the step that goes on; the last snapshot
         self._measured = False  # whether that step is like others
@@ -133,6 +134,11 @@ class Cadence:
             self._excess += seconds - steps * self._usual
 
     def _end_snapshot(self) -> None:
+        if self._is_second:
+            # The first one has made memory and a process besides.
+            self._costs.popleft()
+            self._copies.popleft()
+        self._is_second = self._told is None
         self._costs.append(self._excess)
         self._usual = None
         cost, interval = self.cost, self.interval

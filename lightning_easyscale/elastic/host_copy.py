@@ -6,6 +6,7 @@ import copy
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class HostMemory:
     def __init__(self) -> None:
         self.descriptor = -1
         self._bytes: Tensor | None = None
-        self._pinned = False
+        self._pinned = self._registered = False
 
     def reserve(self, size: int, *, pinned: bool) -> Tensor:
         """At least so many bytes; what was there before is lost.
@@ -37,15 +38,12 @@ class HostMemory:
         """
         if self._bytes is None or self._bytes.numel() < size or pinned > self._pinned:
             larger = self._bytes is not None
-            self.free()
+            self._release()
             size = max(int(size * _ROOM) if larger else size, mmap.PAGESIZE)
             self.descriptor = os.memfd_create("easyscale-snapshot")
             os.ftruncate(self.descriptor, size)
             self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
-            if pinned:
-                # Where it cannot be pinned, copies wait for the device, and are the same.
-                torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0)
-            self._pinned = pinned
+            self._pinned, self._registered = pinned, pinned and _register(self._bytes)
         return self._bytes
 
     @property
@@ -61,13 +59,28 @@ class HostMemory:
         return offset if 0 <= offset < self._bytes.numel() else None
 
     def free(self) -> None:
-        """Give the memory back, once no copy in it is used any more."""
+        """Give the memory back, once no copy in it is used any more; waits for CUDA devices that may write there."""
+        if self._registered:
+            with suppress(RuntimeError):  # of a device that has failed
+                torch.cuda.synchronize()
+        self._release()
+
+    def _release(self) -> None:
         if self._bytes is None:
             return
-        if self._pinned:
+        if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
         os.close(self.descriptor)
-        self.descriptor, self._bytes, self._pinned = -1, None, False
+        self.descriptor, self._bytes, self._pinned, self._registered = -1, None, False, False
+
+
+def _register(memory: Tensor) -> bool:
+    """Pin memory for CUDA devices; where that cannot be done, copies wait for the device, and are the same."""
+    failed = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if failed:
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # CUDA blames the next kernel for it
+    return not failed
 
 
 class HostCopy:
