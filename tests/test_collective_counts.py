@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_easyscale import EasyScaleStrategy
+from lightning_easyscale.elastic import cadence
 from lightning_easyscale.reduction.collector import ESTDataParallel
 
 STEPS = 6
@@ -43,11 +44,26 @@ class Counts(pl.Callback):
         return {tuple(b - a for a, b in zip(one, two)) for one, two in zip(self.seen[1:], self.seen[2:])}  # noqa: B905
 
 
-def train(module, *, num_ests, accelerator="cpu", reduction="ddp", callbacks=(), elastic_dir=None, **arguments):
+def train(
+    module,
+    *,
+    num_ests,
+    accelerator="cpu",
+    reduction="ddp",
+    callbacks=(),
+    elastic_dir=None,
+    snapshot_every_n_steps=None,
+    **arguments,
+):
     counts = Counts()
     data = TensorDataset(torch.randn(4 * num_ests * STEPS, 4), torch.randint(0, 3, (4 * num_ests * STEPS,)))
     trainer = pl.Trainer(
-        strategy=EasyScaleStrategy(num_ests=num_ests, reduction=reduction, elastic_dir=elastic_dir),
+        strategy=EasyScaleStrategy(
+            num_ests=num_ests,
+            reduction=reduction,
+            elastic_dir=elastic_dir,
+            snapshot_every_n_steps=snapshot_every_n_steps,
+        ),
         accelerator=accelerator,
         devices=1,
         max_steps=STEPS,
@@ -71,6 +87,13 @@ def test_one_rendezvous_and_n_switches_per_step(num_ests, log, reduction):
 
 def test_listening_to_stop_signals_adds_no_rendezvous(tmp_path):
     assert train(Net(), num_ests=2, elastic_dir=tmp_path).per_step() == {(2, 1, 0)}
+
+
+def test_automatic_snapshots_meet_only_where_they_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(cadence, "FIRST_STEPS", 1)
+    counts = train(Net(), num_ests=2, elastic_dir=tmp_path, snapshot_every_n_steps="auto")
+    per_step = [tuple(b - a for a, b in zip(one, two)) for one, two in zip(counts.seen[1:], counts.seen[2:])]  # noqa: B905
+    assert sorted(per_step) == [(2, 1, 0)] * (len(per_step) - 1) + [(4, 2, 0)]
 
 
 def test_clipping_and_a_schedule_add_no_rendezvous():
@@ -145,8 +168,11 @@ def test_gradients_that_nobody_drops_accumulate_as_in_stock_ddp():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("snapshots", [False, True])
 @pytest.mark.parametrize("reduction", ["ddp", "tree"])
-def test_a_step_waits_for_no_device(reduction):
+def test_a_step_waits_for_no_device(reduction, snapshots, tmp_path, monkeypatch):
+    monkeypatch.setattr(cadence, "FIRST_STEPS", 1)
+
     class Watch(pl.Callback):
         """Forbids synchronisation from the third step to the end of the epoch, for whichever EST runs."""
 
@@ -159,7 +185,8 @@ def test_a_step_waits_for_no_device(reduction):
 
     module = Net()
     try:
-        train(module, num_ests=2, accelerator="gpu", reduction=reduction, callbacks=[Watch()])
+        more = {"elastic_dir": tmp_path, "snapshot_every_n_steps": "auto"} if snapshots else {}
+        train(module, num_ests=2, accelerator="gpu", reduction=reduction, callbacks=[Watch()], **more)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert module.device.type == "cpu"

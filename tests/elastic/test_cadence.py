@@ -119,13 +119,14 @@ def test_a_validation_and_a_pause_are_no_cost_and_earn_nothing() -> None:
     def taken(*, pauses: bool) -> int:
         training = Training()
         for _ in range(60):
-            training.run(19)
-            training.run(1, "validation")
-            if pauses:
-                training.now += 5.0
-            training.cadence.reached(training.steps, NEXT, writing=training.left > 0)
+            training.run(10)
             if pauses:
                 training.now += 3.0
+            training.run(9)
+            training.run(1, "validation")
+            if pauses:
+                training.now += 0.6
+            training.cadence.reached(training.steps, NEXT, writing=training.left > 0)
         assert training.cadence.cost == pytest.approx(0.07)
         return len(training.taken)
 

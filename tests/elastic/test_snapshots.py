@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +123,7 @@ def test_the_writing_process_is_polite_small_and_ends_with_the_writer(writer: Sn
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         process.send_signal(number)  # a cluster's, to all processes
     time.sleep(0.1)
-    assert process.is_running()
+    assert process.status() != psutil.STATUS_ZOMBIE
     writer.close()
     assert not process.is_running()
     writer.submit(Alone(tmp_path / "job"), content(), step=2, batch=2)  # type: ignore[arg-type]
@@ -143,6 +146,31 @@ def test_a_killed_writing_process_costs_a_snapshot_and_a_warning(writer: Snapsho
     writer.submit(job, content(3), step=3, batch=3)  # type: ignore[arg-type]
     writer.wait()
     assert ckpt.load(job.newest())["more"]["scalar"] == 3
+
+
+KILLED_WHILE_WRITING = """
+import os, pathlib, signal, sys, torch
+from lightning_easyscale.elastic import snapshot_process
+from tests.elastic.test_snapshots import Alone, SnapshotWriter, content
+writer, job = SnapshotWriter(), Alone(pathlib.Path(sys.argv[1]))
+writer.submit(job, content(1), step=1, batch=1)
+writer.wait()
+print(writer._process.pid, flush=True)
+snapshot_process._receive = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+writer.submit(job, {**content(2), "large": torch.ones(50_000_000)}, step=2, batch=2)
+writer.wait()
+"""
+
+
+@pytest.mark.fault("writing a snapshot: SIGKILL to the executor")
+def test_of_a_killed_job_no_snapshot_appears_later(tmp_path: Path) -> None:
+    """The process that was writing drops it and ends; the older snapshot is good, and nothing torn is left."""
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert job.returncode == -signal.SIGKILL, job.stderr
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(job.stdout)).wait(60)
+    assert [path.name[:13] for path in tmp_path.iterdir()] == ["step=00000001"]
 
 
 @pytest.mark.gpu

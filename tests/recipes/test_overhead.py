@@ -42,6 +42,7 @@ def test_every_size_composes(file):
         ("accelerator=tpu", "`accelerator=tpu` is unknown"),
         ("bench.blocks=0", "`bench.blocks=0`"),
         ("bench.snapshot_steps=0", "`bench.snapshot_steps=0`"),
+        ("bench.automatic_steps=0", "`bench.automatic_steps=0`"),
         ("~bench.models.tiny", "`bench.models` lacks 'tiny'"),
     ],
 )
@@ -103,7 +104,12 @@ def test_a_small_run_from_end_to_end(tmp_path):
     first = recipe("only=[switch,snapshots]", "accelerator=cpu", "ests=2")
     assert first.returncode == 0, first.stdout + first.stderr
     report = json.loads((tmp_path / "overhead.json").read_text())
-    assert {row["comparison"] for row in report["rows"]} == {"switch", "switch empty", "snapshots resnet18"}
+    assert {row["comparison"] for row in report["rows"]} == {
+        "switch",
+        "switch empty",
+        "snapshots resnet18",
+        "snapshots resnet18 auto",
+    }
     assert all(row["min"] <= row["median"] <= row["max"] for row in report["rows"])
     assert (tmp_path / "overhead.csv").read_text().count("\n") == len(report["rows"]) + 1
 
