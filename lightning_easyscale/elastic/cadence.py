@@ -3,7 +3,8 @@
 Executor 0 looks at the clock at every boundary of its first EST. A snapshot's cost is what training loses by it: how
 much longer the steps take from the copy until the file is committed (the copy included) than the steps before them did,
 whatever the reason, and at least the copy. Nothing waits for a device: while a step is queued faster than it is
-computed, the queue soon holds it back. Noise falls on single steps and single snapshots, so both are medians.
+computed, the queue soon holds it back. Noise falls on single steps and single snapshots, so both are medians. Of the
+first few only what exceeds the noise of steps counts, so that one of a bad moment does not put off the others.
 
 The next snapshot is due when a snapshot costs no more than the budget allows for the time since the last one. Then
 executor 0 asks for it, and the request travels with the next rendezvous of all ESTs, as a stop does: all of them take
@@ -13,11 +14,12 @@ nothing but when.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 BUDGET = 0.01
 SHORTEST_S = 1.0
@@ -27,10 +29,19 @@ FIRST_S = 30.0
 
 _SPARE = 0.8  # share of the budget that is spent: a cost may be measured too low
 _STEPS = 32  # undisturbed steps that are remembered
-_COSTS = 9  # snapshots that are remembered
-_FEW = 3  # fewer are not trusted: the dearest counts
+_COSTS = 15  # snapshots that are remembered
+_FEW = 5  # fewer have no median
 _PAUSE_STEPS, _PAUSE_S = 8, 1.0  # a step that is longer than both is a pause that no snapshot has made
 _LONGER = 1.5  # an interval so much longer or shorter than the one that was told is told
+
+
+class _Cost(NamedTuple):
+    """Seconds that a snapshot has cost: in all, at least, and while it was copied."""
+
+    excess: float
+    beyond_noise: float
+    copy: float
+
 
 Every = int | Literal["auto"] | None
 
@@ -63,17 +74,18 @@ class Cadence:
         self._quiet: deque[float] = deque(maxlen=_STEPS)
         self._asked = False
         self._usual: float | None = None  # seconds of a step before the snapshot that is being written
-        self._excess = 0.0
-        self._costs: deque[float] = deque(maxlen=_COSTS)
-        self._copies: deque[float] = deque(maxlen=_COSTS)
+        self._noise = 0.0  # standard deviation of such a step
+        self._excess, self._steps, self._copy = 0.0, 0, 0.0
+        self._costs: deque[_Cost] = deque(maxlen=_COSTS)
 
     @property
     def cost(self) -> float | None:
         """Seconds that training loses by a snapshot; None while unknown."""
         if not self._costs:
             return None
-        typical = max if len(self._costs) < _FEW else median
-        return max(typical(self._costs), typical(self._copies))
+        if len(self._costs) < _FEW:
+            return max(max(cost.beyond_noise, cost.copy) for cost in self._costs)
+        return max(median(cost.excess for cost in self._costs), median(cost.copy for cost in self._costs))
 
     @property
     def interval(self) -> float | None:
@@ -113,17 +125,14 @@ class Cadence:
         Args:
             copying: seconds for which training waited for the copy.
         """
-        self._asked, self._excess, self._trained, self._began = False, 0.0, 0.0, self._since
-        self._usual = median(self._quiet)
-        self._copies.append(copying)
-
-    @property
-    def _copies_s(self) -> float:
-        return max(self._copies, default=0.0)
+        self._asked, self._trained, self._began = False, 0.0, self._since
+        self._excess, self._steps, self._copy = 0.0, 0, copying
+        self._usual = usual = median(self._quiet)
+        self._noise = 1.48 * median(abs(seconds - usual) for seconds in self._quiet)
 
     def _end_step(self, now: float, steps: int, *, like_others: bool) -> None:
         seconds = now - self._since
-        if self._quiet and seconds > self._copies_s + max(_PAUSE_STEPS * steps * median(self._quiet), _PAUSE_S):
+        if self._quiet and seconds > self._copy + max(_PAUSE_STEPS * steps * median(self._quiet), _PAUSE_S):
             return  # of the process, or of what it waits for
         self._trained += seconds
         if not like_others:
@@ -132,14 +141,15 @@ class Cadence:
             self._quiet.append(seconds / steps)
         else:
             self._excess += seconds - steps * self._usual
+            self._steps += steps
 
     def _end_snapshot(self) -> None:
         if self._is_second:
             # The first one has made memory and a process besides.
             self._costs.popleft()
-            self._copies.popleft()
         self._is_second = self._told is None
-        self._costs.append(self._excess)
+        sure = self._excess - 2 * self._noise * math.sqrt(self._steps)
+        self._costs.append(_Cost(self._excess, sure, self._copy))
         self._usual = None
         cost, interval = self.cost, self.interval
         assert cost is not None and interval is not None  # noqa: PT018
