@@ -26,10 +26,11 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.descriptor = -1
+        self._mapped: mmap.mmap | None = None
         self._bytes: Tensor | None = None
         self._pinned = self._registered = False
 
-    def reserve(self, size: int, *, pinned: bool) -> Tensor:
+    def reserve(self, size: int, *, pinned: bool) -> None:
         """At least so many bytes; what was there before is lost.
 
         Args:
@@ -42,9 +43,14 @@ class HostMemory:
             size = max(int(size * _ROOM) if larger else size, mmap.PAGESIZE)
             self.descriptor = os.memfd_create("easyscale-snapshot")
             os.ftruncate(self.descriptor, size)
-            self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+            self._mapped = mmap.mmap(self.descriptor, size)
+            self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
             self._pinned, self._registered = pinned, pinned and _register(self._bytes)
-        return self._bytes
+
+    def part(self, place: int, size: int) -> Tensor:
+        """Some bytes, as a storage of their own: `torch.save` would save all of a larger one."""
+        assert self._mapped is not None
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, count=size, offset=place)
 
     @property
     def size(self) -> int:
@@ -71,7 +77,7 @@ class HostMemory:
         if self._registered:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
         os.close(self.descriptor)
-        self.descriptor, self._bytes, self._pinned, self._registered = -1, None, False, False
+        self.descriptor, self._bytes, self._mapped, self._pinned, self._registered = -1, None, None, False, False
 
 
 def _register(memory: Tensor) -> bool:
@@ -101,8 +107,8 @@ class HostCopy:
             places.append(size)
             size += -(-source.numel() * source.element_size() // _ALIGNMENT) * _ALIGNMENT
         devices = list(dict.fromkeys(source.device for source in sources if source.is_cuda))
-        whole = memory.reserve(size, pinned=bool(devices))
-        copies = [_like(source, whole, place) for source, place in zip(sources, places, strict=True)]
+        memory.reserve(size, pinned=bool(devices))
+        copies = [_like(source, memory, place) for source, place in zip(sources, places, strict=True)]
         self._done: list[torch.cuda.Event] = []
         with torch.no_grad(), torch._C.DisableTorchFunction():
             for device in devices:
@@ -158,8 +164,10 @@ def _replace(value: Any, tensors: Iterator[Tensor]) -> Any:
     return value
 
 
-def _like(source: Tensor, memory: Tensor, place: int) -> Tensor:
+def _like(source: Tensor, memory: HostMemory, place: int) -> Tensor:
     """Room for a tensor at a place in memory; with its strides, where they leave no gaps."""
     strides = source.stride() if source.is_contiguous() else torch.empty_like(source, device="meta").stride()
     size = source.numel() * source.element_size()
-    return memory[place : place + size].view(source.dtype).as_strided(source.shape, strides)
+    if not size:
+        return torch.empty_like(source, device="cpu")
+    return memory.part(place, size).view(source.dtype).as_strided(source.shape, strides)
