@@ -109,11 +109,11 @@ def batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``aten::native_batch_norm``: result, and the batch's mean and inverse deviation; updates the running ones."""
-    dims, shape, count = _channels(x)
-    wide = x.float()
     fused = primitives.fused(x)
     if fused is not None and x.numel() and fused.takes_channels(x):
         return _batch_norm_fused(fused, x, weight, bias, running_mean, running_var, training, momentum, eps)
+    dims, shape, count = _channels(x)
+    wide = x.float()
     if training:
         away, mean, variance = _moments(wide, dims, count)
         inverse = _inverse_deviation(variance, eps)
@@ -145,10 +145,10 @@ def _batch_norm_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if training:
         running = None if running_mean is None or running_var is None else (running_mean, running_var)
-        wide = None if running is None else tuple(r.float().contiguous() for r in running)
+        wide = None if running is None else (running[0].float().contiguous(), running[1].float().contiguous())
         made, mean, inverse = fused.batch_norm(x.float(), weight, bias, wide, momentum, eps)
         for kept, new in zip(running or (), wide or (), strict=True):
-            if kept.data_ptr() != new.data_ptr():
+            if kept is not new:
                 kept.copy_(new)
         return primitives.like_layout(made.to(x.dtype), x), mean, inverse
     assert running_mean is not None
@@ -181,15 +181,14 @@ def batch_norm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``aten::native_batch_norm_backward``."""
-    dims, shape, count = _channels(x)
     fused = primitives.fused(x)
     if training and fused is not None and x.numel() and fused.takes_channels(x):
         assert mean is not None
         assert inverse is not None
         dx, dw, db = fused.batch_norm_backward(dy.float(), x.float(), weight, mean, inverse)
-        made = (primitives.like_layout(dx.to(x.dtype), x), dw, db)
-        dx, dw, db = (g if wanted else None for g, wanted in zip(made, output_mask, strict=True))
-        return dx, dw, db
+        made = primitives.like_layout(dx.to(x.dtype), x)
+        return made if output_mask[0] else None, dw if output_mask[1] else None, db if output_mask[2] else None
+    dims, shape, count = _channels(x)
     if not training:
         assert running_mean is not None
         assert running_var is not None

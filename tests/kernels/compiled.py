@@ -10,24 +10,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_easyscale.kernels import cuda_channel_kernels as channels
 from lightning_easyscale.kernels import cuda_convolution_kernels as convolutions
 from lightning_easyscale.kernels import cuda_fused_kernels as fused
 from lightning_easyscale.kernels import cuda_kernels as primitives
 
-MODULES = (primitives, convolutions, fused)
+MODULES = (primitives, convolutions, fused, channels)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
 STRIDES = {"STRIDE_H": 2, "STRIDE_W": 1}
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
 POINTERS |= {"base", "running_mean", "running_var", "source"}
+POINTERS |= {"gradients"}
+BLOCKS = [{"B": 1, "LOG_B": 0}, {"B": 32, "LOG_B": 5}]
 THREADS = 128
 NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
 KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (primitives.matmul, {"BASE": True, "SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
-    *((primitives.fold, {"CONTINUE": go_on, "W": 256}, False) for go_on in (True, False)),
+    *((primitives.fold, {"CONTINUE": each == 1, "EACH": each, "W": 256}, False) for each in (1, 16)),
     (primitives.sum_middle, {"U": 1, "W": 4}, False),
     *((primitives.unary, {"WHICH": which, "W": 256}, which != 6) for which in range(7)),
     *((primitives.quotient, {"REVERSED": reverse, "W": 256}, False) for reverse in (True, False)),
@@ -49,6 +52,8 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.channel_gradients, {"U": 1}, False),
     (fused.normalize_channels, {"WEIGHT": True, "BIAS": True, "W": 256}, False),
     (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
+    *((channels.batch_norm, {"WEIGHT": True, "BIAS": True, "RUNNING": True, **blocks}, False) for blocks in BLOCKS),
+    *((channels.batch_norm_backward, {"WEIGHT": True, **blocks}, False) for blocks in BLOCKS),
     *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
     (fused.dropout, {"W": 256}, False),
     (fused.dropout_backward, {"W": 256}, False),

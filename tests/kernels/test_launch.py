@@ -68,7 +68,7 @@ def driver(monkeypatch, tmp_path):
     plans.forget_plans()
     yield made
     plans.forget_plans()
-    for module in (cuda.kernels, fused.kernels, convolutions.kernels):
+    for module in (cuda.kernels, fused.kernels, fused.channel_kernels, convolutions.kernels):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 for compiled in kernel.device_caches.pop(-1, ({},))[0].values():
@@ -127,7 +127,7 @@ def test_the_present_triton_is_started_directly():
 @pytest.mark.parametrize("size", [1, 15, 16, 1000])
 def test_pointers_that_alternate_between_alignments(checked, size):
     for (i, j), _ in itertools.product(itertools.product((0, 1, 4), repeat=2), range(2)):
-        cuda.fold(at(i, 1, 2, size), at(j, 1, size))
+        cuda.fold(at(i, 1, 2, size), 1, at(j, 1, size))
         fused.softmax_backward(at(i, 3, size), at(j, 3, size), log=False)
         cuda.quotient(at(i, size), 0.5 + i)
         fused.dropout(at(i, size), i << 31, 0.9)
