@@ -113,8 +113,8 @@ def _per_image(matrix: Tensor, images: int) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(x, g)) is not None:
-        made: Tensor = direct.forward(x.float(), weight.float(), g)
-        return made.to(x.dtype)
+        made: Tensor = direct.forward(primitives.wide(x), primitives.wide(weight), g)
+        return primitives.cast(made, x.dtype)
     matrix = g.weight_matrix(weight.float())
     parts = []
     for images in x.float().split(g.images_at_once()):
@@ -126,8 +126,8 @@ def _forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 
 def _input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(dy, g)) is not None:
-        made: Tensor = direct.input_gradient(dy.float(), weight.float(), g)
-        return made.to(dy.dtype)
+        made: Tensor = direct.input_gradient(primitives.wide(dy), primitives.wide(weight), g)
+        return primitives.cast(made, dy.dtype)
     matrix = g.weight_matrix(weight.float()).transpose(1, 2)
     padded = torch.zeros(g.batch, g.channels, *g.padded, device=dy.device)
     per = g.out_channels // g.groups
@@ -144,8 +144,8 @@ def _input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 
 def _weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(x, g)) is not None:
-        made: Tensor = direct.weight_gradient(x.float(), dy.float(), g)
-        return made.to(dy.dtype)
+        made: Tensor = direct.weight_gradient(primitives.wide(x), primitives.wide(dy), g)
+        return primitives.cast(made, dy.dtype)
     per = g.out_channels // g.groups
     rows = dy.float().reshape(g.batch, g.groups, per, g.pixels).permute(1, 2, 0, 3).reshape(g.groups, per, -1)
     length = g.batch * g.pixels

@@ -125,9 +125,9 @@ class _Channels:
         if self.blocks > channel_kernels.MOST or self.rows * self.channels > _LIMIT:
             return None
         blocks = power_of_two(self.blocks)
-        constants = (*constants, blocks, blocks.bit_length() - 1)
-        warps = min(blocks, 8)  # four elements of a lane to a thread, or more
-        return Launch(getattr(channel_kernels, kernel), (self.channels,), numbers, constants, warps, 2)
+        given = (*constants, blocks, blocks.bit_length() - 1)
+        warps = min(blocks, 8)  # a thread has four lanes, or more
+        return Launch(getattr(channel_kernels, kernel), (self.channels,), numbers, given, warps, 2)
 
 
 @planned
@@ -274,4 +274,6 @@ def _dropout_backward(n: int, keep: float) -> Launch:
 
 def _dense(parameter: Tensor | None, like: Tensor) -> Tensor:
     """A kernel's argument for an optional parameter."""
-    return like if parameter is None else parameter.float().contiguous()
+    if parameter is None:
+        return like
+    return (parameter if parameter.dtype is torch.float32 else parameter.float()).contiguous()

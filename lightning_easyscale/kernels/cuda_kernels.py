@@ -59,9 +59,7 @@ def matmul(
 
 
 @triton.jit(do_not_specialize=["count", "spans", "parts", "length"])
-def fold(
-    partial, out, count, spans, parts, length, CONTINUE: tl.constexpr, EACH: tl.constexpr, W: tl.constexpr
-):
+def fold(partial, out, count, spans, parts, length, CONTINUE: tl.constexpr, EACH: tl.constexpr, W: tl.constexpr):
     """``out[batch, part, i] = start + sum + sum + ...``, where a sum is +0 plus EACH of ``partial[batch, span, i]``.
 
     A part has `length` spans, which is a multiple of EACH where there are several; the last one may have fewer, and its
@@ -72,19 +70,19 @@ def fold(
     batch, part = tl.program_id(1) // parts, tl.program_id(1) % parts
     first = part * length
     end = tl.minimum(first + length, spans)
-    base = partial + batch.to(tl.int64) * spans * count + at
+    base, step = partial + batch.to(tl.int64) * spans * count + at, count.to(tl.int64)
     target = out + tl.program_id(1).to(tl.int64) * count + at
     total = tl.zeros([W], tl.float32)
     if CONTINUE:
         total = tl.load(target, mask=mask, other=0.0)
     for start in range(first, end, EACH):
         if EACH == 1:
-            total += tl.load(base + start.to(tl.int64) * count, mask=mask, other=0.0)
+            total += tl.load(base + start * step, mask=mask, other=0.0)
         else:
             chain = tl.zeros([W], tl.float32)
             for i in tl.static_range(EACH):
                 there = mask & (start + i < end)
-                chain += tl.load(base + (start + i).to(tl.int64) * count, mask=there, other=0.0)
+                chain += tl.load(base + (start + i) * step, mask=there, other=0.0)
             total += chain
     tl.store(target, total, mask=mask)
 

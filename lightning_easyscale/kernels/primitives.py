@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_LARGEST = torch.finfo(torch.float32).max
+_FLOAT = torch.float32
+_LARGEST = torch.finfo(_FLOAT).max
 
 
 @cache
@@ -31,9 +32,25 @@ def _backend(x: Tensor) -> ModuleType:
     )
 
 
+def pooling(x: Tensor, y: Tensor) -> ModuleType | None:
+    """`cuda_pooling` for CUDA tensors, where it pools an operand of the one shape to a result of the other."""
+    module = _module("cuda_pooling") if x.is_cuda else None
+    return module if module is not None and module.takes(x, y) else None
+
+
 def fused(x: Tensor) -> ModuleType | None:
     """`cuda_fused` for CUDA tensors: whole operations as one kernel, which have the bits of their composed forms."""
     return _module("cuda_fused") if x.is_cuda else None
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` for less than a microsecond where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x.float()``, likewise."""
+    return x if x.dtype is _FLOAT else x.float()
 
 
 def like_layout(made: Tensor, x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from lightning_easyscale.kernels import cuda_channel_kernels as channels
 from lightning_easyscale.kernels import cuda_convolution_kernels as convolutions
 from lightning_easyscale.kernels import cuda_fused_kernels as fused
 from lightning_easyscale.kernels import cuda_kernels as primitives
+from lightning_easyscale.kernels import cuda_pooling_kernels as pooling
 
-MODULES = (primitives, convolutions, fused, channels)
+MODULES = (primitives, convolutions, fused, channels, pooling)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
@@ -54,6 +55,9 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
     *((channels.batch_norm, {"WEIGHT": True, "BIAS": True, "RUNNING": True, **blocks}, False) for blocks in BLOCKS),
     *((channels.batch_norm_backward, {"WEIGHT": True, **blocks}, False) for blocks in BLOCKS),
+    (pooling.max_pool_backward, {**STRIDES, "W": 256}, False),
+    (pooling.avg_pool, {"PADDED": True, "W": 256}, False),
+    (pooling.avg_pool_backward, {**STRIDES, "PADDED": False, "W": 256}, False),
     *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
     (fused.dropout, {"W": 256}, False),
     (fused.dropout_backward, {"W": 256}, False),

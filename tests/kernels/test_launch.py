@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 backends = pytest.importorskip("triton.backends.compiler")
 cuda = pytest.importorskip("lightning_easyscale.kernels.cuda")
 fused = pytest.importorskip("lightning_easyscale.kernels.cuda_fused")
+pooling = pytest.importorskip("lightning_easyscale.kernels.cuda_pooling")
 convolutions = pytest.importorskip("lightning_easyscale.kernels.cuda_convolution")
 launching = pytest.importorskip("lightning_easyscale.kernels.launch")
 
@@ -68,7 +69,7 @@ def driver(monkeypatch, tmp_path):
     plans.forget_plans()
     yield made
     plans.forget_plans()
-    for module in (cuda.kernels, fused.kernels, fused.channel_kernels, convolutions.kernels):
+    for module in (cuda.kernels, fused.kernels, fused.channel_kernels, pooling.kernels, convolutions.kernels):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 for compiled in kernel.device_caches.pop(-1, ({},))[0].values():
