@@ -196,7 +196,8 @@ def _reached_by(first: int, dim: int, g: Geometry) -> tuple[int, int, int]:
 
 def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     """``[OC, C / groups, KH, KW]`` of ``[N, C, H, W]`` and ``[N, OC, OH, OW]``."""
-    x, dy = (v.permute(0, 2, 3, 1).contiguous() for v in (x, dy))  # channels last, which tiles run along
+    last = torch.channels_last  # which tiles run along
+    x, dy = x.contiguous(memory_format=last), dy.contiguous(memory_format=last)
     if _depthwise(g):
         return _depthwise_weight_gradient(x, dy, g)
     m, per = g.out_channels // g.groups, g.channels // g.groups

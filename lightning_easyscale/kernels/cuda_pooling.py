@@ -28,7 +28,7 @@ def max_pool_backward(
 ) -> Tensor:
     """The gradient of an operand of this shape."""
     out = dy.new_empty(shape)
-    launch = _max_pool_backward(shape, tuple(dy.shape[-2:]), kernel, stride, padding, dilation)
+    launch = _max_pool_backward(shape, (dy.shape[-2], dy.shape[-1]), kernel, stride, padding, dilation)
     launch(dy.contiguous(), index.contiguous(), out)
     return out
 
@@ -70,7 +70,7 @@ def avg_pool_backward(
 ) -> Tensor:
     """The gradient of an operand of this shape."""
     out = dy.new_empty(shape)
-    launch = _avg_pool_backward(shape, tuple(dy.shape[-2:]), kernel, stride, padding, divisor, padded)
+    launch = _avg_pool_backward(shape, (dy.shape[-2], dy.shape[-1]), kernel, stride, padding, divisor, padded)
     launch(dy.contiguous(), out)
     return out
 
