@@ -160,6 +160,23 @@ def test_convolutions_that_alternate(checked):
     assert checked[0] >= 80
 
 
+def test_normalizations_and_pooling_that_alternate(checked):
+    shapes = [(2, 3, 8, 8), (2, 16, 4, 4), (16, 1, 1, 1), (20, 2, 16, 16), (9, 2, 128, 128)]
+    for shape, offset in itertools.product(shapes * 2, (0, 1)):
+        x, dy, w = at(offset, *shape), at(0, *shape), at(offset, shape[1])
+        for running in ((at(0, shape[1]), at(offset, shape[1])), None):
+            _, mean, inverse = fused.batch_norm(x, w, None, running, 0.1, 1e-5)
+            fused.batch_norm_backward(dy, x, w, mean, inverse)
+        for windows in (((1, 1), (1, 1), (0, 0)), ((3, 3), (2, 2), (1, 1))):
+            size = tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[2:], *windows, strict=True))
+            index = torch.zeros(*shape[:2], *size, dtype=torch.int64)
+            g = at(offset, *shape[:2], *size)
+            pooling.max_pool_backward(g, index, shape, *windows, (1, 1))
+            pooling.avg_pool(x, size, *windows, 0, padded=True)
+            pooling.avg_pool_backward(g, shape, *windows, 1, padded=False)
+    assert checked[0] == 20 * 6 + 16 * 4 + 4 * 2 * 8
+
+
 def test_types_that_alternate(checked):
     for index, source in itertools.product((torch.int64, torch.int32), (torch.float32, torch.float16)):
         launch = cuda._index_add(5, 16)
