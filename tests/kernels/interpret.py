@@ -106,7 +106,7 @@ def pools() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
 
 def depthwise() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
     """Weight gradients of whole numbers, which are exact: the interpreter rounds a fused multiply-add twice."""
-    for n, c, size in ((1, 3, 5), (2, 40, 13), (5, 2, 31)):
+    for n, c, size in ((1, 3, 5), (1, 34, 9), (2, 2, 25)):
         x, dy = (wide(n, c, size, size, seed=seed).sign() for seed in (1, 2))
         g = Geometry(x.shape, (c, 1, 3, 3), [1], [1], [1], c)
         found, expected = cuda_convolution.weight_gradient(x, dy, g), _weight_gradient(x, dy, g)
