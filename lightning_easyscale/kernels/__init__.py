@@ -12,7 +12,9 @@ added in ascending order; the result is ``+0`` plus the blocks, likewise. A batc
 For a convolution k runs over kernel positions in row-major order, then over the channels of the group, and padding is
 zeros that are multiplied like other values; the input gradient is, for each kernel position, a product over output
 channels, and starting from +0 the positions that exist are added in ascending order; the weight gradient is a product
-whose k runs over images, then output positions. ``alpha``, ``beta`` and biases are separate roundings that follow.
+whose k runs over images, then output positions. Where the kernel is 3x3, its steps are 1, there is one group and
+``C * OC >= 40 * (C + OC)``, all three are those of Winograd's F(2x2, 3x3) instead (`winograd.py`). ``alpha``, ``beta``
+and biases are separate roundings that follow.
 
 **Sums** (sums, means, variances, norms, and what normalizations, softmax and losses need). The elements, in row-major
 order of the summed dimensions, are cut into blocks of 4096. Element i of a block goes to lane i mod 128; a lane starts
@@ -57,5 +59,5 @@ __all__ = [
     "put_in_force",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the format: a change that alters bits raises it."""

@@ -59,6 +59,13 @@ CASES: dict[str, Case] = {
     "conv 1x1": Case(F.conv2d, (IMAGE, (9, 6, 1, 1))),
     "conv of one dimension": Case(lambda x, w: F.conv1d(x, w, padding=1), ((2, 4, 30), (5, 4, 3))),
     "conv over many pixels": Case(lambda x, w: F.conv2d(x, w, padding=1), ((5, 2, 41, 40), (3, 2, 3, 3))),
+    "conv of many channels": Case(lambda x, w, b: F.conv2d(x, w, b, padding=1), ((2, 88, 9, 7), (80, 88, 3, 3), (80,))),
+    "conv of many channels, unevenly padded": Case(
+        lambda x, w: F.conv2d(x, w, padding=(2, 0)), ((2, 80, 5, 8), (81, 80, 3, 3))
+    ),
+    "conv transposed of many channels": Case(
+        lambda x, w: F.conv_transpose2d(x, w, padding=1), ((2, 80, 6, 5), (80, 96, 3, 3))
+    ),
     "conv transposed": Case(
         lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1),
         (IMAGE, (6, 4, 3, 3), (4,)),

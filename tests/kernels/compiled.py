@@ -13,14 +13,15 @@ from triton.compiler import ASTSource
 from lightning_easyscale.kernels import cuda_convolution_kernels as convolutions
 from lightning_easyscale.kernels import cuda_fused_kernels as fused
 from lightning_easyscale.kernels import cuda_kernels as primitives
+from lightning_easyscale.kernels import cuda_winograd_kernels as winograd
 
-MODULES = (primitives, convolutions, fused)
+MODULES = (primitives, convolutions, fused, winograd)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
 STRIDES = {"STRIDE_H": 2, "STRIDE_W": 1}
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"base", "running_mean", "running_var", "source"}
+POINTERS |= {"base", "running_mean", "running_var", "source", "sums"}
 THREADS = 128
 NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
@@ -40,6 +41,9 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (convolutions.depthwise_forward, {"W": 128}, True),
     (convolutions.depthwise_input_gradient, {**STRIDES, "W": 128}, False),  # a product per tap
     (convolutions.depthwise_weight_gradient, {"T": 16, "S": 2, "W": 32}, True),
+    *((kernel, {"BS": 64, "BC": 2}, False) for kernel in (winograd.input_squares, winograd.output_squares)),
+    (winograd.gradient_squares, {"BS": 64, "BC": 2}, False),
+    *((kernel, {"BS": 128}, False) for kernel in (winograd.weight_squares, winograd.weight_gradient)),
     *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
     *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
     (fused.layer_norm, {"BIAS": True, **ROWS}, False),

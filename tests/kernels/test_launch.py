@@ -15,9 +15,10 @@ backends = pytest.importorskip("triton.backends.compiler")
 cuda = pytest.importorskip("lightning_easyscale.kernels.cuda")
 fused = pytest.importorskip("lightning_easyscale.kernels.cuda_fused")
 convolutions = pytest.importorskip("lightning_easyscale.kernels.cuda_convolution")
+winograd = pytest.importorskip("lightning_easyscale.kernels.cuda_winograd")
 launching = pytest.importorskip("lightning_easyscale.kernels.launch")
 
-from lightning_easyscale.kernels import plans  # noqa: E402
+from lightning_easyscale.kernels import plans, winograd_transforms  # noqa: E402
 from lightning_easyscale.kernels.convolution import Geometry  # noqa: E402
 
 
@@ -68,7 +69,7 @@ def driver(monkeypatch, tmp_path):
     plans.forget_plans()
     yield made
     plans.forget_plans()
-    for module in (cuda.kernels, fused.kernels, convolutions.kernels):
+    for module in (cuda.kernels, fused.kernels, convolutions.kernels, winograd.kernels):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 for compiled in kernel.device_caches.pop(-1, ({},))[0].values():
@@ -157,6 +158,21 @@ def test_convolutions_that_alternate(checked):
         convolutions.input_gradient(dy, w, g)
         convolutions.weight_gradient(x, dy, g)
     assert checked[0] >= 80
+
+
+def test_squares_that_alternate(checked):
+    for (c, size), offset in itertools.product([(16, 8), (5, 7), (1, 1), (32, 16)] * 2, (0, 1)):
+        x, out = at(offset, 2, c, size, size), (size, size)
+        squares = winograd_transforms.squares_of(x.shape)
+        for start, last in itertools.product((0, squares // 2), (False, True)):
+            winograd.input_squares(x, (1, 1), out, start, squares, last=last)
+            winograd.input_squares(x.permute(0, 2, 3, 1), (1, 0), out, start, squares, last=last)
+            winograd.gradient_squares(x, start, squares)
+        winograd.output_squares(at(offset, 16, c, squares), at(0, 2, c, size, size), 0)
+        for turned in (False, True):
+            winograd.weight_squares(at(offset, c, 8, 3, 3), turned=turned)
+        winograd.weight_gradient(at(offset, 16, c, 8))
+    assert checked[0] == 16 * 16
 
 
 def test_types_that_alternate(checked):
