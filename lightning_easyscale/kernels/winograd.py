@@ -5,8 +5,8 @@ into squares of 2x2, in the order of images, rows, columns; what sticks out of i
 zero. A square comes from 4x4 inputs d and the weight g: ``A^T [(G g G^T) * (B^T d B)] A``, where the products of all
 channels are products of the format (k runs over channels). The gradient of the input is such a convolution of the
 output's gradient with the weight turned by 180 degrees; that of the weight is ``G^T [(A y A^T) * (B^T d B)] G``, whose
-products' k runs over squares. The transforms (`winograd_transforms`) only add, subtract and halve, one rounding each, along the
-rows first; so errors stay near those of a direct convolution, which larger squares do not achieve.
+products' k runs over squares. The transforms (`winograd_transforms`) only add, subtract and halve, one rounding each,
+along the rows first; so errors stay near those of a direct convolution, which larger squares do not achieve.
 
 Whether a convolution is computed so depends on its kernel and channels alone, never on the device or on other samples.
 """
