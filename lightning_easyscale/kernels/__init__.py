@@ -13,7 +13,7 @@ For a convolution k runs over kernel positions in row-major order, then over the
 zeros that are multiplied like other values; the input gradient is, for each kernel position, a product over output
 channels, and starting from +0 the positions that exist are added in ascending order; the weight gradient is a product
 whose k runs over images, then output positions. Where the kernel is 3x3, its steps are 1, there is one group and
-``C * OC >= 40 * (C + OC)``, all three are those of Winograd's F(2x2, 3x3) instead (`winograd.py`). ``alpha``, ``beta``
+``C * OC >= 32 * (C + OC)``, all three are those of Winograd's F(2x2, 3x3) instead (`winograd.py`). ``alpha``, ``beta``
 and biases are separate roundings that follow.
 
 **Sums** (sums, means, variances, norms, and what normalizations, softmax and losses need). The elements, in row-major

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BLOCK = 4096
 """Values of k whose sum is one block (`cuda_kernels.BLOCK`)."""
-_WORTH = 40
+_WORTH = 32
 """``C * OC / (C + OC)`` from which the multiplications that are saved repay the transforms."""
 _KEPT = 1 << 26
 """Elements of transformed squares that are made at once."""
