@@ -1,6 +1,6 @@
 """Winograd's transforms on CUDA tensors: how the Triton kernels of `cuda_winograd_kernels.py` are launched.
 
-The functions are those of `winograd_transforms.py` and have the same bits.
+The functions are those of `cpu_winograd.py` and have the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ACROSS = (16, 32)  # where channels do in the result, and squares in the input
 def input_squares(
     x: Tensor, padding: Sequence[int], out: Sequence[int], start: int, end: int, *, last: bool = False
 ) -> Tensor:
-    """See `winograd_transforms.input_squares`."""
+    """See `cpu_winograd.input_squares`."""
     channels, squares = x.shape[1], end - start
     made = x.new_empty((16, squares, channels) if last else (16, channels, squares))
     launch = _input_squares(x.shape, x.stride(), tuple(padding), tuple(out), squares, start, last)
@@ -48,7 +48,7 @@ def _input_squares(
 
 
 def output_squares(products: Tensor, out: Tensor, start: int) -> None:
-    """See `winograd_transforms.output_squares`; `out` is contiguous."""
+    """See `cpu_winograd.output_squares`; `out` is contiguous."""
     _output_squares(tuple(out.shape[1:]), products.shape[2], start)(products, out)
 
 
@@ -60,7 +60,7 @@ def _output_squares(out: tuple[int, ...], squares: int, start: int) -> Launch:
 
 
 def gradient_squares(dy: Tensor, start: int, end: int) -> Tensor:
-    """See `winograd_transforms.gradient_squares`."""
+    """See `cpu_winograd.gradient_squares`."""
     made = dy.new_empty(16, dy.shape[1], end - start)
     _gradient_squares(tuple(dy.shape[1:]), dy.stride(), end - start, start)(dy, made)
     return made
@@ -75,7 +75,7 @@ def _gradient_squares(dy: tuple[int, ...], strides: tuple[int, ...], squares: in
 
 
 def weight_squares(weight: Tensor, *, turned: bool) -> Tensor:
-    """See `winograd_transforms.weight_squares`."""
+    """See `cpu_winograd.weight_squares`."""
     oc, c = weight.shape[:2]
     made = weight.new_empty((16, c, oc) if turned else (16, oc, c))
     _weight_squares((oc, c), weight.stride(), turned)(weight, made)
@@ -93,7 +93,7 @@ def _weight_squares(shape: tuple[int, int], strides: tuple[int, ...], turned: bo
 
 
 def weight_gradient(sums: Tensor) -> Tensor:
-    """See `winograd_transforms.weight_gradient`."""
+    """See `cpu_winograd.weight_gradient`."""
     made = sums.new_empty(*sums.shape[1:], 3, 3)
     _weight_gradient(sums.shape[1] * sums.shape[2])(sums, made)
     return made

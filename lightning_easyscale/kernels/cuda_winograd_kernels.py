@@ -1,4 +1,4 @@
-"""Winograd's transforms as Triton kernels, in the order of `winograd_transforms.py`.
+"""Winograd's transforms as Triton kernels, as `winograd.h` has them.
 
 Sixteen values of a square are numbered by rows. Squares are cut into blocks of `BS`, channels into blocks of `BC`; both
 are free. Offsets are 32-bit numbers. Strides end in n, c, h, w for images, channels, rows and columns.

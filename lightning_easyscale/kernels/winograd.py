@@ -5,8 +5,8 @@ into squares of 2x2, in the order of images, rows, columns; what sticks out of i
 zero. A square comes from 4x4 inputs d and the weight g: ``A^T [(G g G^T) * (B^T d B)] A``, where the products of all
 channels are products of the format (k runs over channels). The gradient of the input is such a convolution of the
 output's gradient with the weight turned by 180 degrees; that of the weight is ``G^T [(A y A^T) * (B^T d B)] G``, whose
-products' k runs over squares. The transforms (`winograd_transforms`) only add, subtract and halve, one rounding each,
-along the rows first; so errors stay near those of a direct convolution, which larger squares do not achieve.
+products' k runs over squares. The transforms (`winograd.h`) only add, subtract and halve, one rounding each, across the
+rows first; so errors stay near those of a direct convolution, which larger squares do not achieve.
 
 Whether a convolution is computed so depends on its kernel and channels alone, never on the device or on other samples.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import primitives, winograd_transforms
+from . import cpu_winograd, primitives
 from .plans import planned
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
 
 def _transforms(x: Tensor) -> ModuleType:
     if x.device.type != "cuda":
-        return winograd_transforms
+        return cpu_winograd
     from . import cuda_winograd
 
     return cuda_winograd
@@ -85,6 +85,6 @@ def _correlate(x: Tensor, weight: Tensor, padding: tuple[int, ...], out: Tensor)
 
 def _parts(y: Tensor, channels: int) -> Iterator[tuple[int, int]]:
     """Ranges of the squares of `y`, whole blocks of k each, so that sums go on as if there were one."""
-    squares = winograd_transforms.squares_of(y.shape)
+    squares = y.shape[0] * -(-y.shape[2] // 2) * -(-y.shape[3] // 2)
     step = max(1, _KEPT // (16 * channels) // BLOCK) * BLOCK
     return ((start, min(start + step, squares)) for start in range(0, squares, step))

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_easyscale.kernels import build, portable, winograd
+from lightning_easyscale.kernels import build, cpu_winograd, portable, winograd
 from lightning_easyscale.kernels.convolution import Geometry
+
+from . import winograd_reference
 
 GEOMETRIES = [
     (2, 96, 88, 9, 7, (1, 1)),
@@ -88,9 +90,19 @@ def test_which_convolutions_are_computed_so(changes, taken):
     assert winograd.takes(geometry(**{**plain, **changes})) == taken
 
 
+@with_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_cpus_transforms_have_the_bits_of_torchs_operations(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        winograd_reference.compare(cpu_winograd)
+    finally:
+        torch.set_num_threads(before)
+
+
 _INTERPRETED = """
-import torch
-from lightning_easyscale.kernels import launch, winograd_transforms as plain
+from lightning_easyscale.kernels import launch
 
 class Launch:
     def __init__(self, kernel, grid, numbers, constants, warps, stages):
@@ -99,38 +111,10 @@ class Launch:
         self.kernel[self.grid](*tensors, *self.rest)
 
 launch.Launch = Launch
-from lightning_easyscale.kernels import cuda_winograd as triton
+from lightning_easyscale.kernels import cuda_winograd
+from tests.kernels import winograd_reference
 
-def check(a, b):
-    a, b = a.contiguous(), b.contiguous()
-    assert a.shape == b.shape
-    assert bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
-
-torch.manual_seed(0)
-odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-42])
-for n, c, oc, height, width, padding in ((2, 33, 5, 9, 7, (1, 1)), (3, 3, 5, 6, 5, (0, 2))):
-    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
-    squares = plain.squares_of((n, oc, *out))
-    x, dy = torch.randn(n, c, height, width), torch.randn(n, oc, *out)
-    for values in (x.view(-1), dy.view(-1)):
-        values[torch.randint(0, len(values), (12,))] = odd.repeat(2)
-    for start, end in ((0, squares), (squares // 3, squares - 1)):
-        for form in (torch.contiguous_format, torch.channels_last):
-            for last in (False, True):
-                given = (x.to(memory_format=form), padding, out, start, end)
-                check(triton.input_squares(*given, last=last), plain.input_squares(*given, last=last))
-            check(*(m.gradient_squares(dy.to(memory_format=form), start, end) for m in (triton, plain)))
-    made = torch.zeros(2, n, oc, *out)
-    products = torch.randn(16, oc, squares)
-    for start, end in ((0, squares // 2), (squares // 2, squares)):
-        for module, to in ((triton, made[0]), (plain, made[1])):
-            module.output_squares(products[:, :, start:end].contiguous(), to, start)
-    check(made[0], made[1])
-    for w in (torch.randn(oc, c, 3, 3), torch.randn(c, oc, 3, 3).transpose(0, 1)):
-        for turned in (False, True):
-            check(triton.weight_squares(w, turned=turned), plain.weight_squares(w, turned=turned))
-    sums = torch.randn(16, oc, c)
-    check(triton.weight_gradient(sums), plain.weight_gradient(sums))
+winograd_reference.compare(cuda_winograd)
 """
 
 

@@ -1,14 +1,16 @@
-"""Winograd's transforms for F(2x2, 3x3) as operations of torch, on any device (`winograd.py` says which they are).
-
-Sixteen values of a square are numbered by rows. `cuda_winograd.py` has the same functions with the same bits.
-"""
+"""Winograd's transforms for F(2x2, 3x3) as operations of torch, to compare with those in C++ and Triton."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from .cases import same_bits
+
+ODD = (float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-42)
 
 
 def squares_of(y: Sequence[int]) -> int:
@@ -113,3 +115,49 @@ def _collected(s: list[Tensor]) -> list[Tensor]:
     """``G^T s``."""
     middle = (s[1] + s[2]) * 0.5
     return [s[0] + middle, (s[1] - s[2]) * 0.5, middle + s[3]]
+
+
+def compare(other: ModuleType) -> None:
+    """Find the bits of all transforms in another implementation."""
+    for n, c, oc, height, width, padding in (
+        (2, 33, 5, 9, 7, (1, 1)),
+        (3, 3, 5, 6, 5, (0, 2)),
+        (1, 2, 3, 40, 36, (2, 1)),
+    ):
+        _compare(other, n, c, oc, (height, width), padding)
+
+
+def _compare(other: ModuleType, n: int, c: int, oc: int, size: tuple[int, int], padding: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(n)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def check(mine: Tensor, expected: Tensor) -> None:
+        assert mine.shape == expected.shape
+        assert same_bits(mine.contiguous(), expected.contiguous())
+
+    out = (size[0] + 2 * padding[0] - 2, size[1] + 2 * padding[1] - 2)
+    squares = squares_of((n, oc, *out))
+    x, dy = random(n, c, *size), random(n, oc, *out)
+    for values in (x.view(-1), dy.view(-1)):
+        values[torch.randint(0, len(values), (12,), generator=generator)] = torch.tensor(ODD).repeat(2)
+    for start, end in ((0, squares), (squares // 3, squares - 1), (squares - 1, squares)):
+        for form in (torch.contiguous_format, torch.channels_last):
+            images, gradients = x.to(memory_format=form), dy.to(memory_format=form)
+            for last in (False, True):
+                expected = input_squares(images, padding, out, start, end, last=last)
+                check(other.input_squares(images, padding, out, start, end, last=last), expected)
+            check(other.gradient_squares(gradients, start, end), gradient_squares(gradients, start, end))
+    mine, expected = torch.zeros(n, oc, *out), torch.zeros(n, oc, *out)
+    products = random(16, oc, squares)
+    for start, end in ((0, squares // 2), (squares // 2, squares)):
+        part = products[:, :, start:end].contiguous()
+        other.output_squares(part, mine, start)
+        output_squares(part, expected, start)
+    check(mine, expected)
+    for w in (random(oc, c, 3, 3), random(c, oc, 3, 3).transpose(0, 1)):
+        for turned in (False, True):
+            check(other.weight_squares(w, turned=turned), weight_squares(w, turned=turned))
+    sums = random(16, oc, c)
+    check(other.weight_gradient(sums), weight_gradient(sums))
