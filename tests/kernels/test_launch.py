@@ -163,7 +163,7 @@ def test_convolutions_that_alternate(checked):
 def test_squares_that_alternate(checked):
     for (c, size), offset in itertools.product([(16, 8), (5, 7), (1, 1), (32, 16)] * 2, (0, 1)):
         x, out = at(offset, 2, c, size, size), (size, size)
-        squares = 2 * -((-size // 2) ** 2)
+        squares = 2 * ((size + 1) // 2) ** 2
         for start, last in itertools.product((0, squares // 2), (False, True)):
             winograd.input_squares(x, (1, 1), out, start, squares, last=last)
             winograd.input_squares(x.permute(0, 2, 3, 1), (1, 0), out, start, squares, last=last)
