@@ -88,16 +88,19 @@ class _Call:
         root = math.sqrt(abs(scale))
         return (-root if scale < 0 else root), root
 
-    def dense(self, x: Tensor) -> Tensor:
-        """``[batch, *, n, size]`` as dense fp32 ``[heads, n, size]``, a head's own where some share one."""
+    def dense(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """``[batch, *, n, size]``, scaled, as dense fp32 ``[heads, n, size]``, a head's own where some share one."""
         x = x.float()
+        if factor != 1:
+            x = torch.mul(x, factor, out=x.new_empty(x.shape))
         if x.shape[1] != self.q.shape[1]:
             x = x.repeat_interleave(self.q.shape[1] // x.shape[1], 1)
         return x.reshape(-1, *x.shape[2:]).contiguous()
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """Dense q and k, scaled."""
-        return tuple(self.dense(x) * f for x, f in zip((self.q, self.k), self.factors, strict=True))  # type: ignore[return-value]
+        first, second = self.factors
+        return self.dense(self.q, first), self.dense(self.k, second)
 
     def pieces(self, key: int) -> Iterator[Rows]:
         """All rows, in ascending order."""

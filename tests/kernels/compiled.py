@@ -10,18 +10,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_easyscale.kernels import cuda_attention_kernels as attention
 from lightning_easyscale.kernels import cuda_convolution_kernels as convolutions
 from lightning_easyscale.kernels import cuda_fused_kernels as fused
 from lightning_easyscale.kernels import cuda_kernels as primitives
 from lightning_easyscale.kernels import cuda_winograd_kernels as winograd
 
-MODULES = (primitives, convolutions, fused, winograd)
+MODULES = (primitives, convolutions, fused, winograd, attention)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
 STRIDES = {"STRIDE_H": 2, "STRIDE_W": 1}
+LONG, SHORT = {"CHUNKS": 0, "ALIGNED": 1}, {"CHUNKS": 3, "ALIGNED": 16}  # rows of attention
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"base", "running_mean", "running_var", "source", "sums"}
+POINTERS |= {"base", "running_mean", "running_var", "source", "sums", "scores", "dw"}
 THREADS = 128
 NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
@@ -57,6 +59,11 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.dropout, {"W": 256}, False),
     (fused.dropout_backward, {"W": 256}, False),
     *((fused.activation_backward, {"WHICH": which, "W": 256}, which != 3) for which in range(4)),
+    *(
+        (kernel, {"BIAS": dropout < 2, "CAUSAL": dropout > 0, **rest, "DROPOUT": dropout, "U": 1}, True)
+        for kernel in (attention.attention_weights, attention.attention_weights_backward)
+        for dropout, rest in ((0, LONG), (1, LONG), (1, SHORT), (2, SHORT))
+    ),
 ]
 
 
