@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_easyscale.kernels import portable
 
@@ -68,12 +70,13 @@ class Attention:
             made.append(mask)
         return [x if x.dtype == torch.bool else x.to(self.dtype) for x in made]
 
-    def run(self, device: str = "cpu", *, whole: bool = False) -> list[Tensor]:
+    def run(self, device: str = "cpu", *, whole: bool = False, composed: bool = False) -> list[Tensor]:
         """Result, gradients, and what the CPU's generator draws next, under the policy.
 
         Args:
             device: where.
             whole: call the operation that CUDA's dispatch calls, as it is called.
+            composed: leave CUDA's dispatch no such operation.
         """
         moved = [x.to(device) for x in self.operands()]
         leaves = [x.requires_grad_() for x in moved[:3]]
@@ -81,7 +84,7 @@ class Attention:
         if self.mask == "trained":
             leaves.append(moved[4].requires_grad_())
         torch.manual_seed(5)
-        with portable():
+        with portable(), sdpa_kernel(SDPBackend.MATH) if composed else nullcontext():
             made = (attend if whole else _composed)(*moved[:3], mask, self)
             gradients = torch.autograd.grad(made, leaves, moved[3])
         return [x.detach().cpu() for x in (made, *gradients)] + [torch.rand(3)]
