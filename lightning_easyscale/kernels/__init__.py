@@ -32,6 +32,9 @@ one, in ascending order of their position.
 **Random numbers.** Philox 4x32 with 10 rounds; the key is one 64-bit draw from torch's CPU generator per call, the
 counter is the element's index divided by 4 and the word its remainder (`random.py`).
 
+**Attention** is composed, in fp32, as torch's own path composes it: q and k times the root of the scale, a product, the
+sum with the mask, softmax (0 where all keys are masked), dropout, a product. CUDA makes it in pieces (`attention.py`).
+
 **Everything else** is made of operations that round once per element (`registry.py`: `EXACT`) in the order that the
 modules here write them: `normalization.py`, `pooling.py`, `losses.py`, `elementwise.py`; an optimizer's step is the
 sequence of operations that torch's own Python code asks for.

@@ -12,7 +12,8 @@ cost time: without tensor cores a product with a head of 64 takes five times wha
 it. Gradients of keys and values are sums over queries; a piece's part of them is whole segments.
 
 Random numbers are keyed by the element's index among all weights, as for `random.dropout`, and the key travels to the
-backward pass as the operation's seed.
+backward pass as the operation's seed. What the backend refuses (sizes of heads that are no multiples of 4, say), and
+what is called with it turned off, for example to take second derivatives, is composed on CUDA too.
 """
 
 from __future__ import annotations
