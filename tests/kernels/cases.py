@@ -196,7 +196,7 @@ def difference(x: Tensor, y: Tensor) -> str:
         return f"{int((x != y).sum())} of {x.numel()} elements"
     size = 8 * x.element_size()
     first, second = (t.contiguous().view(-1).view({32: torch.int32, 16: torch.int16}[size]).long() for t in (x, y))
-    places = ((first != second) & ~(x.isnan() & y.isnan()).view(-1)).nonzero().flatten()
+    places = ((first != second) & ~(x.isnan() & y.isnan()).reshape(-1)).nonzero().flatten()
     # Units in the last place between two numbers: the distance of their positions in ascending order.
     order = [torch.where(t < 0, -(t & (2 ** (size - 1) - 1)), t) for t in (first, second)]
     ulps = (order[0] - order[1]).abs()[places]

@@ -69,12 +69,15 @@ def test_gpu_bits_equal_cpu_bits_and_composed_ones(call, cuda_attention):
     assert names == []
 
 
-@pytest.mark.parametrize("sizes", [Tiles(), Tiles(16, 16, 16, 1, 1), Tiles(64, 32, 32, 4, 3), Tiles(32, 64, 64, 2, 2)])
-@pytest.mark.parametrize("registers", [0, 8])
+@pytest.mark.parametrize(
+    ("sizes", "registers"),
+    [(Tiles(), 0), (Tiles(16, 16, 16, 1, 1), 8), (Tiles(64, 32, 32, 4, 3), 0), (Tiles(32, 64, 64, 2, 2), 8)],
+)
 def test_tiles_and_registers_do_not_change_bits(sizes, registers, monkeypatch, cuda_attention):
     monkeypatch.setattr(cuda_attention, "_IN_REGISTERS", registers)
+    masked = Attention((2, 2, 33, 140, 8, 8), "float", (2, 1, 33, 140), special=True, dropout=0.1)
     with tiles(sizes):
-        for call in (a for a in ATTENTION if a.shape[2] < 100 and a.dtype == torch.float32):
+        for call in (masked, Attention((1, 2, 13, 130, 8, 8), causal=True, dropout=0.1), ATTENTION[0]):
             assert differences(call.run(), call.run("cuda")) == [], call.title
     plans.forget_plans()
 
@@ -87,10 +90,10 @@ def test_pieces_do_not_change_bits(piece, monkeypatch):
 
 
 def test_lengths_types_and_alignments_in_quick_succession():
-    lengths, types = (1, 15, 16, 17, 128, 384, 1024, 1040), (torch.float32, torch.bfloat16)
+    lengths, types = (1, 15, 16, 17, 384, 1040), (torch.float32, torch.bfloat16)
     calls = [
-        (Attention((1, 2, 16, n, 8, 8), "float", (1, 2, 16, n), dropout=p, dtype=dtype), offset)
-        for n, dtype, p, offset in itertools.product(lengths, types, (0.0, 0.1), OFFSETS)
+        (Attention((1, 2, 16, n, 8, 8), "float", (1, 2, 16, n), dropout=0.1, dtype=dtype), offset)
+        for n, dtype, offset in itertools.product(lengths, types, OFFSETS)
     ]
 
     def results(call: Attention, offset: int | None) -> list[torch.Tensor]:
