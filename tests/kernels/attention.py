@@ -59,6 +59,7 @@ class Attention:
                 for what in (0.0, -0.0, 1e-41, -3e-42, 1e-30, 3e38):
                     x[torch.rand(x.shape, generator=g) < 0.03] = what
             made[1][-1, -1, 0, 0], made[0][0, 0, -1, 0], made[2][0, -1, 0, -1] = math.inf, math.nan, -math.inf
+            made[0][-1, -1, 0, 0] = 0.0  # NaN with that key; a mask takes the others away
         if self.mask == "bool":
             mask = torch.rand(self.mask_shape, generator=g) < 0.6
             mask[..., 0, :] = False  # a query that sees no key
