@@ -20,7 +20,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -53,7 +52,8 @@ class ESTDataParallel(nn.Module):
         bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
         overlap: lets other ESTs run during this one's backwards.
-        sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place.
+        sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place. A graph that
+            saved a buffer before stays valid, as under DDP: version counters do not change.
 
     Raises:
         ValueError: if `n` differs from the reduction's, or an embedding produces sparse gradients.
@@ -209,10 +209,7 @@ class ESTDataParallel(nn.Module):
         groups = self._buffers_now()
         if not groups or self._sync_buffers_from_est_0 is None:
             return
-        # A graph that saved a buffer before this stays valid, as under DDP. EST 0's are not written to.
-        written = () if self.rank == 0 else tuple(chain.from_iterable(groups))
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(written):
-            self._sync_buffers_from_est_0(groups)
+        self._sync_buffers_from_est_0(groups)
 
     def _refuse_unfinished(self) -> None:
         if not self._ready:
