@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from .runtime.bulk import assign, gradients
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -85,15 +87,14 @@ class ShownGradients:
 
     def keep(self) -> None:
         """The lead is about to update."""
-        self._kept[:] = [p.grad for p in self._parameters]
+        self._kept[:] = gradients(self._parameters)
         for index, parameter in self._lasting:
             if parameter.grad is not None:
                 self._kept[index] = parameter.grad.clone()
 
     def show(self) -> None:
         """Let another EST's parameters have the lead's gradients."""
-        for parameter, grad in zip(self._parameters, self._kept, strict=True):
-            parameter.grad = grad
+        assign(self._parameters, self._kept)
 
     def part(self) -> None:
         """Before a backward: what accumulates must be the EST's own."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
+from ..runtime.bulk import below_autograd
+
 # On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
 # more in calls than they save (measured at 11.7 million elements).
 _BLOCK_BYTES = 1 << 20
@@ -58,9 +60,10 @@ class BucketForm:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The gradients in a flat buffer, shaped and strided like their parameters."""
-        if self.contiguous:
-            return list(_unflatten_dense_tensors(flat, self._like))
-        return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
+        with below_autograd():
+            if self.contiguous:
+                return list(_unflatten_dense_tensors(flat, self._like))
+            return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
 
     def shaped(self, slot: int, piece: Tensor) -> Tensor:
         """A member's elements in memory order, shaped and strided like its parameter."""

@@ -104,7 +104,6 @@ class ESTDataParallel(nn.Module):
         self._hooks = GradientHooks(self._parameters_in_order, self._gradient_ready)
         self._hooks.listen(range(total))
         self._arrivals = Arrivals(self._parameters_in_order)
-        self._groups: Sequence[Sequence[int]] = ()
         self._group_at: dict[int, int] = {}
         self._taken: set[int] = set()
         self._may_group = not (self.static_graph or find_unused_parameters)
@@ -154,7 +153,7 @@ class ESTDataParallel(nn.Module):
     def end_backward(self) -> None:
         """The backward that `begin_backward` told of is over."""
         self.end_overlap()
-        if self._expecting and self._groups and self._arrivals.came():
+        if self._expecting and self._arrivals.groups and self._arrivals.came():
             # Hooks have heard of nothing.
             self._backward_ended()
         self._arrivals.end()
@@ -222,7 +221,7 @@ class ESTDataParallel(nn.Module):
         )
 
     def _gradient_ready(self, index: int) -> None:
-        if self._groups:
+        if self._arrivals.groups:
             if self._expecting:
                 self._arm()
                 if self._arrivals.begun:
@@ -279,15 +278,14 @@ class ESTDataParallel(nn.Module):
     def _take_group(self, number: int) -> None:
         if number in self._taken:
             raise self._came_twice(next(i for i, group in self._group_at.items() if group == number))
-        members = self._groups[number]
-        grads = self._arrivals.final(members)
+        grads = self._arrivals.final(number)
         if grads is not None:
             self._taken.add(number)
-            self._arrivals.took(members, self._reduce.deposit_group(self.rank, number, grads))
+            self._arrivals.took(number, self._reduce.deposit_group(self.rank, number, grads))
 
     def _take_rest(self) -> None:
         """At the end of a backward: what hooks came too early for."""
-        groups = self._groups
+        groups = self._arrivals.groups
         for number in range(len(groups)):
             if number not in self._taken:
                 self._take_group(number)
@@ -304,7 +302,8 @@ class ESTDataParallel(nn.Module):
 
     def _ungroup(self) -> None:
         """Listen to each gradient again, for good."""
-        self._groups, self._may_group = (), False
+        self._arrivals.group(())
+        self._may_group = False
         self._hooks.listen(range(len(self._names)))
 
     def _group(self, order: Sequence[int]) -> None:
@@ -313,7 +312,7 @@ class ESTDataParallel(nn.Module):
         if groups:
             place = {index: i for i, index in enumerate(order)}
             self._group_at = {max(members, key=place.__getitem__): number for number, members in enumerate(groups)}
-            self._groups = groups
+            self._arrivals.group(groups)
             self._hooks.listen(self._group_at)
 
     @property
@@ -339,7 +338,7 @@ class ESTDataParallel(nn.Module):
             self._overlap.come_back()
         if not self._expecting:
             return
-        if self._groups:
+        if self._arrivals.groups:
             self._take_rest()
             if self._ready:
                 return
@@ -356,7 +355,7 @@ class ESTDataParallel(nn.Module):
         used, self._used = self._used, [False] * len(self._names)
         self._expecting = False
         order, self._ready = list(self._ready), {}
-        groups = self._may_group and not self._groups and self._arrivals.begun
+        groups = self._may_group and not self._arrivals.groups and self._arrivals.begun
         self._reduce.finish(self.rank, used if reports else None)
         if groups:
             self._group(order)

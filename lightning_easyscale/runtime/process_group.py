@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group  # type: ignore[attr-defined]
 
 from . import collectives as computed
+from .bulk import below_autograd
 from .channel import Channel
 from .collectives import all_reduce, detached, on_host
 from .executor import Executor
@@ -38,7 +39,6 @@ else:
     _ProcessGroup = dist.ProcessGroup
 
 _numbers = itertools.count()
-_COUNTS_VERSIONS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 class VirtualProcessGroup(_ProcessGroup):
@@ -178,7 +178,7 @@ class VirtualProcessGroup(_ProcessGroup):
             channel.share(tag, parcel.messages, 0)
             return parcel
 
-        with torch.no_grad(), torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_COUNTS_VERSIONS):
+        with below_autograd(), torch._C.DisableTorchFunction():
             parcel = channel.executor.publish(self._est_rank, self.next_key(), tag, value)
             if self._group_rank != 0:
                 parcel.read(groups)
