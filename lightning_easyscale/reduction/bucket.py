@@ -40,7 +40,8 @@ class BucketForm:
         self.members = tuple(members)
         own = [parameters[i] for i in members]
         self.dtype, self.device = own[0].dtype, own[0].device
-        self._bounds = [0, *accumulate(p.numel() for p in own)]
+        self._sizes = [p.numel() for p in own]
+        self._bounds = [0, *accumulate(self._sizes)]
         # As in DDP: a dense parameter keeps its memory order, any other becomes contiguous.
         self._forms = [
             (p.shape, p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()) for p in own
@@ -56,7 +57,7 @@ class BucketForm:
 
     def sizes(self) -> list[int]:
         """Number of elements of each member."""
-        return [b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
+        return self._sizes
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The gradients in a flat buffer, shaped and strided like their parameters."""
@@ -78,6 +79,13 @@ class BucketForm:
         flat = torch.empty(grad.numel(), dtype=grad.dtype, device=grad.device)
         self.shaped(slot, flat).copy_(grad)
         return flat
+
+    def all_flattened(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """`flattened` for every member."""
+        with below_autograd():
+            if self.contiguous and all(map(Tensor.is_contiguous, grads)):
+                return list(map(Tensor.ravel, grads))
+            return [self.flattened(slot, grad) for slot, grad in enumerate(grads)]
 
     def segments(self, span: slice) -> list[Segment]:
         """The parts of members that lie in a span of the buffer."""
@@ -123,7 +131,9 @@ class LocalGradients:
         self.form = form
         self.pieces = pieces
         self._scale = scale
-        self.results = [p if p.device == form.device else torch.empty_like(p, device=form.device) for p in pieces[0]]
+        self.results = list(pieces[0])
+        if any(piece.device != form.device for piece in self.results):
+            self.results = [torch.empty_like(piece, device=form.device) for piece in self.results]
 
     @property
     def whole(self) -> slice:
@@ -159,7 +169,9 @@ class LocalGradients:
 
     def store(self, reduced: Tensor) -> None:
         """Put the reduced bucket into the results."""
-        self._store(self.form.segments(self.whole), reduced)
+        with below_autograd():
+            parts = list(reduced.split(self.form.sizes()))
+        torch._foreach_copy_(self.results, parts)
 
     def _store(self, segments: list[Segment], reduced: Tensor) -> None:
         places = [_part(self.results[slot], start, stop) for slot, start, stop in segments]

@@ -314,17 +314,18 @@ def test_a_gradient_that_comes_again_after_its_group_was_taken_is_refused() -> N
 def test_a_gradient_that_changes_after_it_was_taken_is_found(left: bool) -> None:
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
     arrivals = Arrivals(parameters)
+    arrivals.group([(0, 1, 2)])
     assert arrivals.begin()
     for p in parameters[:2]:
         p.grad = torch.ones(2)
-    assert arrivals.final((0, 1, 2)) is None
+    assert arrivals.final(0) is None
     parameters[2].grad = torch.ones(2)
-    grads = arrivals.final((0, 1, 2))
+    grads = arrivals.final(0)
     assert grads is not None
     if not left:
         for p in parameters:
             p.grad = None
-    arrivals.took((0, 1, 2), grads if left else [])
+    arrivals.took(0, grads if left else [])
     assert arrivals.disturbed() is None
     if left:
         grads[1] += 1
