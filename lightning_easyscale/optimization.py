@@ -9,7 +9,7 @@ so that none sees stepped parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,10 +17,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from .runtime.bulk import assign, gradients
+from .runtime.bulk import assign, drop, gradients
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -208,7 +209,7 @@ def follow_lead(
                 meet()
         else:
             while closures == 0 or turns.closures(index, step) > closures:
-                with torch.enable_grad():
+                with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
                     value = closure()
                 if reduced is not None:
                     with watching_writes(False):
@@ -230,6 +231,11 @@ def follow_lead(
         def zero_grad(set_to_none: bool = True) -> None:
             # It writes gradients alone, and each access to one would be looked at.
             with watching_writes(False):
-                clear(set_to_none)
+                if not set_to_none:
+                    clear(set_to_none)
+                    return
+                with record_function(optimizer._zero_grad_profile_name):  # type: ignore[attr-defined]
+                    for group in optimizer.param_groups:
+                        drop(group["params"])
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]

@@ -157,7 +157,7 @@ def _python_memory() -> tuple[bytes, float | None] | None:
     """What the state of `random`'s generator is made of: its memory and the number that `gauss` keeps for later."""
     if not _KNOWS_LAYOUT:
         return None
-    inst = random._inst  # type: ignore[attr-defined]
+    inst: Any = random._inst  # type: ignore[attr-defined]
     return ctypes.string_at(id(inst) + object.__basicsize__, _MT19937_BYTES), inst.gauss_next
 
 
@@ -166,7 +166,7 @@ def _knows_layout() -> bool:
     base: Any = random.Random.__base__
     if not 0 <= base.__basicsize__ - object.__basicsize__ - _MT19937_BYTES < struct.calcsize("P"):
         return False
-    inst = random._inst  # type: ignore[attr-defined]
+    inst: Any = random._inst  # type: ignore[attr-defined]
     index, *words = struct.unpack("=i624I", ctypes.string_at(id(inst) + object.__basicsize__, _MT19937_BYTES))
     return (*words, index) == random.getstate()[1]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from ..runtime.bulk import drop, gradients
+from ..runtime.bulk import all_gradients, drop, has_none
 from .bucket import BucketForm, LocalGradients
 from .exchange import Finish, Reduction
 from .gradients import GradientReduce, Rendezvous
@@ -144,7 +144,8 @@ class BucketGradients(GradientReduce):
     def _start(self, number: int) -> None:
         form = self._forms[number]
         pieces = [self._pieces(number, rank) for rank in self._ests]
-        if all([self._given.pop((rank, number), None) is not None for rank in self._ests]):
+        given = [self._given.pop((rank, number), None) for rank in self._ests]
+        if not has_none(given):
             self._in_place.add(number)
         local = LocalGradients(form, pieces, None if self._as_view else 1.0 / self.n)
         self._started.append((local, self._reduction.start(number, local)))
@@ -157,8 +158,10 @@ class BucketGradients(GradientReduce):
             if rank != self._ests.start:
                 return pieces
             places = set(map(Tensor.data_ptr, pieces))
-            if len(places) == len(pieces) and self._read.isdisjoint(places) and places.issuperset(
-                map(Tensor.data_ptr, grads)
+            if (
+                len(places) == len(pieces)
+                and self._read.isdisjoint(places)
+                and places.issuperset(map(Tensor.data_ptr, grads))
             ):
                 self._read |= places
                 return pieces
@@ -235,12 +238,12 @@ class BucketGradients(GradientReduce):
     def _pass_on(self, number: int) -> None:
         """The first EST's gradients of a group hold the result already."""
         lead, *others = self._ests
-        reduced = gradients(self._group(lead, number))
+        reduced = all_gradients(self._group(lead, number))
         # Written to below autograd, which would not notice where a graph has saved one.
         increment_version(reduced)
         for rank in others:
             if self.private_gradients:
-                torch._foreach_copy_(gradients(self._group(rank, number)), reduced)
+                torch._foreach_copy_(all_gradients(self._group(rank, number)), reduced)
             else:
                 drop(self._group(rank, number))
 

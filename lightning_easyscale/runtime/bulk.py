@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _grad = attrgetter("grad")
-_set_grad = Tensor.grad.__set__  # type: ignore[attr-defined]
+_set_grad = vars(torch._C.TensorBase)["grad"].__set__
 _AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.ADInplaceOrView
 )
@@ -32,12 +32,17 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     return list(map(_grad, parameters))
 
 
+def all_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients of parameters that have one each."""
+    return list(map(_grad, parameters))
+
+
 def any_gradient(parameters: Iterable[Tensor]) -> bool:
     """Whether a parameter has a gradient."""
     return any(map(is_not, map(_grad, parameters), repeat(None)))
 
 
-def has_none(values: Iterable[Tensor | None]) -> bool:
+def has_none(values: Iterable[object]) -> bool:
     """Whether one is None."""
     return any(map(is_, values, repeat(None)))
 

@@ -15,7 +15,7 @@ def groups(start: int = 0) -> list[list[Tensor]]:
     """Of several types, with odd numbers of elements, one of them strided."""
     return [
         [torch.tensor([True, start > 0, False])],
-        [torch.arange(start, start + 5.0), torch.full((), start - 0.5), torch.arange(start, start + 6.0).view(2, 3).t()],
+        [torch.arange(start, start + 5.0), torch.full((), start - 0.5), torch.arange(6.0).add(start).view(2, 3).t()],
         [torch.arange(start, start + 3.0).bfloat16()],
         [torch.tensor(start), torch.tensor([start, -start])],
     ]
