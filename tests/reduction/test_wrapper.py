@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction import bucket_gradients
 from lightning_easyscale.reduction.arrival import Arrivals
 from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
@@ -369,6 +370,38 @@ def test_sums_of_grouped_gradients_stay_where_autograd_put_the_first_ests(
                 assert all(p.grad is grad for p, grad in zip(module.parameters(), own[rank], strict=True))
     grads = [module.a.weight.grad for module in modules if module.a.weight.grad is not None]
     assert len({grad.data_ptr() for grad in grads}) == len(grads)
+
+
+def test_gradients_that_wait_on_the_host_are_freed_at_the_end_of_their_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bucket_gradients, "to_host", lambda flat: flat.clone())
+    reduce = BucketGradients(RingReduction(Placement((2,)), 0, None, 2), offload="host")
+    modules = [Two(), Two()]
+    models = [ESTDataParallel(module, rank=r, n=2, reduce=reduce) for r, module in enumerate(modules)]
+    came: list[weakref.ref[Tensor]] = []
+    modules[0].a.weight.register_post_accumulate_grad_hook(lambda p: came.append(weakref.ref(p.grad)))
+    for _ in range(3):
+        for rank, model in enumerate(models):
+            modules[rank].zero_grad()
+            told(model, model(torch.ones(2, 3)))
+            assert rank or came[-1]() is None
+    assert [hooks(model) for model in models] == [1, 1]
+    assert modules[0].a.weight.grad.tolist() == [[2.0] * 3]
+
+
+def test_an_unused_gradient_goes_where_another_est_used_the_parameter() -> None:
+    reduce = executor(2)
+    modules = [Two(), Two()]
+    for rank, module in enumerate(modules):
+        wrap(module, reduce, rank)
+    models = [wrap(module, reduce, r, find_unused_parameters=True) for r, module in enumerate(modules)]
+    x = torch.ones(1, 3)
+    modules[1].b.bias.grad = torch.ones(1)
+    models[0](x).backward()
+    models[1](x, "a").backward()
+    assert modules[0].b.bias.grad.item() == 1.0
+    assert all(p.grad is None for p in modules[1].parameters())
 
 
 def test_a_graph_that_saved_a_gradient_notices_that_it_was_reduced() -> None:
