@@ -7,15 +7,13 @@ exactly the numbers the EST's own process would have drawn, whatever other ESTs 
 
 What is cheap is swapped by handle, not by value: each EST has a NumPy bit generator of its own, and on CUDA a state
 object of its own (`graphsafe_set_state`). `numpy.random.set_bit_generator` forgets the second number that a Box-Muller
-draw keeps for later, so that is carried along. `random` makes a tuple of 625 numbers of its state; whether anybody drew
-is seen in the memory of its generator, where the interpreter lays it out as known.
+draw keeps for later, so that is carried along.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
-import struct
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from numpy.random import mtrand
 
-_MT19937_BYTES = 4 * 624 + 4  # NumPy: uint32 key[624]; int pos. `random`: int index; uint32 state[624]
+_MT19937_BYTES = 4 * 624 + 4  # uint32 key[624]; int pos
 
 Parts = tuple[Any, Any, Any]
 """States of torch's CPU generator, `random` and NumPy, as `Generators.parts` gives them."""
@@ -56,14 +54,13 @@ class Generators:
         self._extra_states: dict[str, Any] = {}
         self._device_generators = [_device_generator(device) for device in devices if device.type == "cuda"]
         self._device_states: list[torch.Generator] = []
-        self._python = _PythonState()
         self._numpy = _NumpyState()
         self.capture()
 
     def capture(self) -> None:
         """Remember the process's generators as this EST's."""
         self._torch = torch.default_generator.get_state()
-        self._python.capture()
+        self._python = random.getstate()
         self._numpy.capture()
         if Generators._installed is not None and Generators._installed() is self:
             self._device_states = [generator.graphsafe_get_state() for generator in self._device_generators]
@@ -74,7 +71,7 @@ class Generators:
     def install(self) -> None:
         """Give the process this EST's generators."""
         torch.default_generator.set_state(self._torch)
-        self._python.install()
+        random.setstate(self._python)
         self._numpy.install()
         for generator, state in zip(self._device_generators, self._device_states, strict=True):
             generator.graphsafe_set_state(state)
@@ -90,14 +87,14 @@ class Generators:
         return {
             "torch": self._torch.clone(),
             "devices": [state.get_state() for state in self._device_states],
-            "python": _to_plain(self._python.state),
+            "python": _to_plain(self._python),
             "numpy": _to_plain(self._numpy.state()),
             "extra": {name: _to_plain(state) for name, state in self._extra_states.items()},
         }
 
     def parts(self) -> Parts:
         """The captured states of torch's CPU generator, `random` and NumPy: cheap to take, compare and send."""
-        return self._torch.numpy().tobytes(), self._python.state, self._numpy.part()
+        return self._torch.numpy().tobytes(), self._python, self._numpy.part()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the states of `state_dict`; `install` puts them to use.
@@ -111,7 +108,7 @@ class Generators:
         ]  # not those that may be in use just now
         for own, saved in zip(self._device_states, state["devices"], strict=False):
             own.set_state(saved)
-        self._python.load(_from_plain(state["python"]))
+        self._python = _from_plain(state["python"])
         self._numpy.load(_from_plain(state["numpy"]))
         known = self._extra_states.keys() & state["extra"].keys()
         self._extra_states.update({name: _from_plain(state["extra"][name]) for name in known})
@@ -131,44 +128,6 @@ def state_of_parts(parts: Parts) -> dict[str, Any]:
         "numpy": {**bits, **gauss},
         "extra": {},
     }
-
-
-class _PythonState:
-    """The state of `random`'s generator, taken and put back only where it has changed."""
-
-    def __init__(self) -> None:
-        self.state: Any = None
-        self._seen: tuple[bytes, float | None] | None = None
-
-    def capture(self) -> None:
-        seen = _python_memory()
-        if seen is None or seen != self._seen:
-            self.state, self._seen = random.getstate(), seen
-
-    def install(self) -> None:
-        if self._seen is None or self._seen != _python_memory():
-            random.setstate(self.state)
-
-    def load(self, state: Any) -> None:
-        self.state, self._seen = state, None
-
-
-def _python_memory() -> tuple[bytes, float | None] | None:
-    """What the state of `random`'s generator is made of: its memory and the number that `gauss` keeps for later."""
-    if not _KNOWS_LAYOUT:
-        return None
-    inst: Any = random._inst  # type: ignore[attr-defined]
-    return ctypes.string_at(id(inst) + object.__basicsize__, _MT19937_BYTES), inst.gauss_next
-
-
-def _knows_layout() -> bool:
-    """Whether `random.Random` is the head of an object, an index and 624 words, as in CPython's `_randommodule.c`."""
-    base: Any = random.Random.__base__
-    if not 0 <= base.__basicsize__ - object.__basicsize__ - _MT19937_BYTES < struct.calcsize("P"):
-        return False
-    inst: Any = random._inst  # type: ignore[attr-defined]
-    index, *words = struct.unpack("=i624I", ctypes.string_at(id(inst) + object.__basicsize__, _MT19937_BYTES))
-    return (*words, index) == random.getstate()[1]
 
 
 class _NumpyState:
@@ -223,9 +182,6 @@ class _NumpyState:
 
     def _memory(self) -> bytes | None:
         return None if self._address is None else ctypes.string_at(self._address, _MT19937_BYTES)
-
-
-_KNOWS_LAYOUT = _knows_layout()
 
 
 def _device_generator(device: torch.device) -> torch.Generator:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_easyscale import rng
 from lightning_easyscale.rng import Generators, find_module_generators
 
 CPU = [torch.device("cpu")]
@@ -86,33 +85,6 @@ def test_a_normal_number_kept_by_numpy_alone_is_noticed():
         np.random.randn()
         other.capture()
     assert drawn == expected
-
-
-def test_a_normal_number_kept_by_random_alone_is_noticed():
-    seed(1)
-    expected = [random.gauss(0, 1) for _ in range(6)]
-    seed(1)
-    own, other = Generators(CPU), Generators(CPU)
-    drawn = []
-    for _ in range(6):
-        own.install()
-        drawn.append(random.gauss(0, 1))
-        own.capture()
-        other.install()
-        random.gauss(0, 1)
-        random.random()
-        other.capture()
-    assert drawn == expected
-
-
-def test_the_memory_of_pythons_generator_is_known_here():
-    # Else its state is taken and put back whole at every switch, which is right but slow.
-    assert rng._KNOWS_LAYOUT
-
-
-def test_an_unknown_layout_changes_no_number(monkeypatch):
-    monkeypatch.setattr(rng, "_KNOWS_LAYOUT", False)
-    test_interleaved_ests_draw_what_they_draw_alone((1, 2, 3))
 
 
 @pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64, np.random.Philox])
