@@ -3,7 +3,8 @@
 A convolution is the product of its weight with the unfolded input, whose k runs over kernel positions (row-major), then
 channels; the zeros of the padding are operands like others. Its input gradient is, for each kernel position, a product
 over output channels; the positions are added in ascending order. Its weight gradient is one product whose k runs over
-images, then output positions. Here the input is unfolded in memory; `cuda_convolution.py` does without.
+images, then output positions. Here the input is unfolded in memory; `cuda_convolution.py` does without. 3x3 kernels
+over many channels take fewer products (`winograd.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import primitives
+from . import primitives, winograd
 from .reductions import tree_sum
 
 BLOCK = 4096
@@ -98,7 +99,9 @@ def _geometry(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any) -> Geomet
 
 
 def _without_unfolding(x: Tensor, g: Geometry) -> ModuleType | None:
-    """The kernels that gather their operands, where they take this convolution."""
+    """Winograd's algorithm or the kernels that gather their operands, where they take this convolution."""
+    if winograd.takes(g):
+        return winograd
     if x.device.type != "cuda":
         return None
     from . import cuda_convolution

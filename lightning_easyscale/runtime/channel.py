@@ -16,6 +16,7 @@ from ..placement import Placement
 from .collectives import Fold, on_host
 from .executor import Executor
 from .packing import pack, unpack
+from .parcels import Parcels
 from .peers import Peers
 
 Compute = Callable[[list[Any]], list[Any]]
@@ -44,6 +45,7 @@ class Channel:
         self.fold = fold
         self.local = tuple(r for r in self.ranks if r in executor.ranks)
         self.covers_world = len(self.ranks) == placement.num_ests
+        self.parcels = Parcels(len(self.local))
 
     def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
         """Exchange deposits between executors and compute the local members' results."""
