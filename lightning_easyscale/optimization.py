@@ -9,7 +9,7 @@ so that none sees stepped parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,8 +17,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.nn import Module
 from torch.optim import Optimizer
+
+from .runtime.bulk import assign, drop, gradients
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -85,15 +88,14 @@ class ShownGradients:
 
     def keep(self) -> None:
         """The lead is about to update."""
-        self._kept[:] = [p.grad for p in self._parameters]
+        self._kept[:] = gradients(self._parameters)
         for index, parameter in self._lasting:
             if parameter.grad is not None:
                 self._kept[index] = parameter.grad.clone()
 
     def show(self) -> None:
         """Let another EST's parameters have the lead's gradients."""
-        for parameter, grad in zip(self._parameters, self._kept, strict=True):
-            parameter.grad = grad
+        assign(self._parameters, self._kept)
 
     def part(self) -> None:
         """Before a backward: what accumulates must be the EST's own."""
@@ -207,7 +209,7 @@ def follow_lead(
                 meet()
         else:
             while closures == 0 or turns.closures(index, step) > closures:
-                with torch.enable_grad():
+                with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
                     value = closure()
                 if reduced is not None:
                     with watching_writes(False):
@@ -229,6 +231,11 @@ def follow_lead(
         def zero_grad(set_to_none: bool = True) -> None:
             # It writes gradients alone, and each access to one would be looked at.
             with watching_writes(False):
-                clear(set_to_none)
+                if not set_to_none:
+                    clear(set_to_none)
+                    return
+                with record_function(optimizer._zero_grad_profile_name):  # type: ignore[attr-defined]
+                    for group in optimizer.param_groups:
+                        drop(group["params"])
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]

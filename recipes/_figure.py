@@ -76,6 +76,8 @@ def draw(
         panel.set_yscale("symlog", linthresh=_LINEAR_WITHIN)
         if shown:
             panel.legend(loc="lower left", frameon=False, fontsize=9)
+        else:
+            panel.set_xlim(0, stages[-1].end_step)  # or the stages' names would lie outside, and the layout fail
     limit = 30 * max(largest, _LINEAR_WITHIN)
     panels[0].set_ylim(-limit, limit)
     exponents = range(-8, math.ceil(math.log10(limit)), 2)

@@ -192,6 +192,10 @@ def _attention(small: bool) -> Iterator[Case]:
     attend = F.scaled_dot_product_attention
     yield Case("attention", "attention, BERT", "forward", (shape,) * 3, _forward(attend), flops=flops)
     yield Case("attention", "attention, BERT", "backward", (shape,) * 3, _gradient(attend, 0, 1, 2), flops=2 * flops)
+    masked = lambda q, k, v, mask: attend(q, k, v, mask, dropout_p=0.1)  # noqa: E731
+    name, operands = "attention with mask and dropout, BERT", (*(shape,) * 3, (batch, 1, 1, length))
+    yield Case("attention", name, "forward", operands, _forward(masked), flops=flops)
+    yield Case("attention", name, "backward", operands, _gradient(masked, 0, 1, 2), flops=2 * flops)
 
 
 def _optimizers(small: bool) -> Iterator[Case]:

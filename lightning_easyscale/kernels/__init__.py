@@ -12,7 +12,9 @@ added in ascending order; the result is ``+0`` plus the blocks, likewise. A batc
 For a convolution k runs over kernel positions in row-major order, then over the channels of the group, and padding is
 zeros that are multiplied like other values; the input gradient is, for each kernel position, a product over output
 channels, and starting from +0 the positions that exist are added in ascending order; the weight gradient is a product
-whose k runs over images, then output positions. ``alpha``, ``beta`` and biases are separate roundings that follow.
+whose k runs over images, then output positions. Where the kernel is 3x3, its steps are 1, there is one group and
+``C * OC >= 32 * (C + OC)``, all three are those of Winograd's F(2x2, 3x3) instead (`winograd.py`). ``alpha``, ``beta``
+and biases are separate roundings that follow.
 
 **Sums** (sums, means, variances, norms, and what normalizations, softmax and losses need). The elements, in row-major
 order of the summed dimensions, are cut into blocks of 4096. Element i of a block goes to lane i mod 128; a lane starts
@@ -29,6 +31,9 @@ one, in ascending order of their position.
 
 **Random numbers.** Philox 4x32 with 10 rounds; the key is one 64-bit draw from torch's CPU generator per call, the
 counter is the element's index divided by 4 and the word its remainder (`random.py`).
+
+**Attention** is composed, in fp32, as torch's own path composes it: q and k times the root of the scale, a product, the
+sum with the mask, softmax (0 where all keys are masked), dropout, a product. CUDA makes it in pieces (`attention.py`).
 
 **Everything else** is made of operations that round once per element (`registry.py`: `EXACT`) in the order that the
 modules here write them: `normalization.py`, `pooling.py`, `losses.py`, `elementwise.py`; an optimizer's step is the
@@ -57,5 +62,5 @@ __all__ = [
     "put_in_force",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the format: a change that alters bits raises it."""

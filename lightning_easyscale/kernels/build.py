@@ -37,7 +37,7 @@ _FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-_SOURCES = ("functions.h", "kernels.cpp")
+_SOURCES = ("functions.h", "winograd.h", "kernels.cpp")
 
 
 def cache_folder() -> Path:
@@ -91,6 +91,17 @@ def load(width: str) -> ctypes.CDLL:
     library.es_random.restype = None
     library.es_index_add.argtypes = [pointer, pointer, pointer, count, count, number]
     library.es_index_add.restype = None
+    image = (pointer, count, count, count, count)
+    library.es_input_squares.argtypes = [*image, pointer, *(count,) * 9, number]
+    library.es_input_squares.restype = None
+    library.es_gradient_squares.argtypes = [*image, pointer, *(count,) * 5, number]
+    library.es_gradient_squares.restype = None
+    library.es_output_squares.argtypes = [pointer, pointer, *(count,) * 5, number]
+    library.es_output_squares.restype = None
+    library.es_weight_squares.argtypes = [*image, pointer, count, count, number]
+    library.es_weight_squares.restype = None
+    library.es_weight_gradient.argtypes = [pointer, pointer, count, number]
+    library.es_weight_gradient.restype = None
     return library
 
 

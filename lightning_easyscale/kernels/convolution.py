@@ -3,7 +3,8 @@
 A convolution is the product of its weight with the unfolded input, whose k runs over kernel positions (row-major), then
 channels; the zeros of the padding are operands like others. Its input gradient is, for each kernel position, a product
 over output channels; the positions are added in ascending order. Its weight gradient is one product whose k runs over
-images, then output positions. Here the input is unfolded in memory; `cuda_convolution.py` does without.
+images, then output positions. Here the input is unfolded in memory; `cuda_convolution.py` does without. 3x3 kernels
+over many channels take fewer products (`winograd.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import primitives
+from . import primitives, winograd
 from .reductions import tree_sum
 
 BLOCK = 4096
@@ -98,7 +99,9 @@ def _geometry(x: tuple[int, ...], weight: tuple[int, ...], *rest: Any) -> Geomet
 
 
 def _without_unfolding(x: Tensor, g: Geometry) -> ModuleType | None:
-    """The kernels that gather their operands, where they take this convolution."""
+    """Winograd's algorithm or the kernels that gather their operands, where they take this convolution."""
+    if winograd.takes(g):
+        return winograd
     if x.device.type != "cuda":
         return None
     from . import cuda_convolution
@@ -113,8 +116,8 @@ def _per_image(matrix: Tensor, images: int) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(x, g)) is not None:
-        made: Tensor = direct.forward(x.float(), weight.float(), g)
-        return made.to(x.dtype)
+        made: Tensor = direct.forward(primitives.wide(x), primitives.wide(weight), g)
+        return primitives.cast(made, x.dtype)
     matrix = g.weight_matrix(weight.float())
     parts = []
     for images in x.float().split(g.images_at_once()):
@@ -126,8 +129,8 @@ def _forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 
 def _input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(dy, g)) is not None:
-        made: Tensor = direct.input_gradient(dy.float(), weight.float(), g)
-        return made.to(dy.dtype)
+        made: Tensor = direct.input_gradient(primitives.wide(dy), primitives.wide(weight), g)
+        return primitives.cast(made, dy.dtype)
     matrix = g.weight_matrix(weight.float()).transpose(1, 2)
     padded = torch.zeros(g.batch, g.channels, *g.padded, device=dy.device)
     per = g.out_channels // g.groups
@@ -144,8 +147,8 @@ def _input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 
 def _weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     if (direct := _without_unfolding(x, g)) is not None:
-        made: Tensor = direct.weight_gradient(x.float(), dy.float(), g)
-        return made.to(dy.dtype)
+        made: Tensor = direct.weight_gradient(primitives.wide(x), primitives.wide(dy), g)
+        return primitives.cast(made, dy.dtype)
     per = g.out_channels // g.groups
     rows = dy.float().reshape(g.batch, g.groups, per, g.pixels).permute(1, 2, 0, 3).reshape(g.groups, per, -1)
     length = g.batch * g.pixels

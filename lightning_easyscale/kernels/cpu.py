@@ -28,7 +28,8 @@ def vector_width(width: str) -> Iterator[None]:
         _width = before
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The C++ library for the present vector width."""
     return build.load(_width or build.default_width())
 
 
@@ -36,7 +37,7 @@ def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """Product of matrices or of batches of them; see `primitives.matmul`."""
     (batch, m, k), n = (1, *a.shape)[-3:], b.shape[-1]
     out = a.new_empty(*a.shape[:-1], n) if into is None else into
-    _library().es_matmul(
+    library().es_matmul(
         *(a.data_ptr(), *(0, *a.stride())[-3:], b.data_ptr(), *(0, *b.stride())[-3:], out.data_ptr()),
         *(batch, m, n, k, into is not None, torch.get_num_threads()),
     )
@@ -47,20 +48,20 @@ def sum_middle(x: Tensor) -> Tensor:
     """Sums over the middle of a contiguous ``[outer, rows, inner]``; see `primitives.sum_middle`."""
     outer, rows, inner = x.shape
     out = x.new_empty(outer, inner)
-    _library().es_sum(x.data_ptr(), out.data_ptr(), outer, rows, inner, torch.get_num_threads())
+    library().es_sum(x.data_ptr(), out.data_ptr(), outer, rows, inner, torch.get_num_threads())
     return out
 
 
 def unary(name: str, x: Tensor) -> Tensor:
     """An elementary function of a dense tensor; see `primitives.unary`."""
     out = torch.empty_like(x)
-    _library().es_unary(UNARY.index(name), x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+    library().es_unary(UNARY.index(name), x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
     return out
 
 
 def random(kind: str, key: int, out: Tensor) -> Tensor:
     """Fill a contiguous tensor; see `primitives.random`."""
-    _library().es_random(kind == "normal", key, out.data_ptr(), out.numel(), torch.get_num_threads())
+    library().es_random(kind == "normal", key, out.data_ptr(), out.numel(), torch.get_num_threads())
     return out
 
 
@@ -68,5 +69,5 @@ def index_add(out: Tensor, index: Tensor, source: Tensor) -> Tensor:
     """Add rows in ascending order; see `primitives.index_add`."""
     rows, width = source.shape
     threads = torch.get_num_threads()
-    _library().es_index_add(out.data_ptr(), index.data_ptr(), source.data_ptr(), rows, width, threads)
+    library().es_index_add(out.data_ptr(), index.data_ptr(), source.data_ptr(), rows, width, threads)
     return out

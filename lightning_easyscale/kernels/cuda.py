@@ -16,6 +16,8 @@ from .tiles import Tiles, blocks_of, few_programs, pick, power_of_two, tiles
 
 __all__ = ["Tiles", "fold", "index_add", "matmul", "quotient", "random", "span_of", "sum_middle", "tiles", "unary"]
 
+_FOLDED_AT_ONCE = 32  # blocks whose spans one launch adds; with more, programs would wait for memory too often
+_FOLDED_WIDTH = 128  # elements of a program that does
 _BLOCK, _SEGMENT, _SUM_BLOCK = kernels.BLOCK.value, kernels.SEGMENT.value, kernels.SUM_BLOCK.value
 
 
@@ -45,7 +47,7 @@ def matmul(a: Tensor, b: Tensor, into: Tensor | None = None, *, base: Tensor | N
         return out
     partial = a.new_empty(batch, spans, m * n)
     launch(a, b, a, partial)
-    made = fold_spans(partial, each, into).view(*a.shape[:-1], n)
+    made = fold(partial, each, into).view(*a.shape[:-1], n)
     return made if base is None else base + made
 
 
@@ -71,33 +73,41 @@ def _matmul(
     return launch, spans, _BLOCK // span
 
 
-def fold_spans(partial: Tensor, each: int, into: Tensor | None = None) -> Tensor:
-    """The sums ``[batch, count]`` of ``[batch, spans, count]``, `each` spans to a block; those of `into` go on."""
+def fold(partial: Tensor, each: int = 1, into: Tensor | None = None) -> Tensor:
+    """The sums ``[batch, count]`` of ``[batch, spans, count]`` over blocks of `each` spans, ascending.
+
+    Args:
+        partial: contiguous.
+        each: spans of a block, whose sum is one summand.
+        into: contiguous, as the result; sums that go on in place.
+    """
     batch, spans, count = partial.shape
-    if into is None and 1 < spans <= each:
-        return fold(partial)
-    if each > 1 and spans > 1:
-        whole = spans // each * each
-        folded = [fold(partial[:, :whole].reshape(-1, each, count)).view(batch, -1, count)] if whole else []
-        rest = [fold(partial[:, whole:])[:, None]] if whole < spans else []
-        partial = folded[0] if not rest else rest[0] if not folded else torch.cat([*folded, *rest], 1)
-    return partial[:, 0] if partial.shape[1] == 1 and into is None else fold(partial, into)
-
-
-def fold(partial: Tensor, into: Tensor | None = None) -> Tensor:
-    """The sums ``[batch, count]`` of ``[batch, blocks, count]`` over the blocks, ascending; those of `into` go on."""
-    batch, blocks, count = partial.shape
-    partial = partial.contiguous()
+    if spans == 1 and into is None:
+        return partial.view(batch, count)
+    first, last = _fold(batch, spans, count, each, into is not None)
+    if first is not None:
+        blocks = partial.new_empty(batch, blocks_of(spans, each), count)
+        first(partial, blocks)
+        partial = blocks
     out = partial.new_empty(batch, count) if into is None else into
-    _fold(batch, blocks, count, into is not None)(partial, out)
+    last(partial, out)
     return out
 
 
 @planned
-def _fold(batch: int, blocks: int, count: int, go_on: bool) -> Launch:
+def _fold(batch: int, spans: int, count: int, each: int, go_on: bool) -> tuple[Launch | None, Launch]:
+    """The launch that adds the spans of each block, where that is one of its own, and the one that makes the result."""
+    first, blocks = None, blocks_of(spans, each)
+    if each > 1 and blocks > _FOLDED_AT_ONCE:
+        t = pick("plain", count)
+        grid = (blocks_of(count, t.width), batch * blocks)
+        first = Launch(kernels.fold, grid, (count, spans, blocks, each), (False, 1, t.width), t.warps, t.stages)
+        spans, each = blocks, 1
     t = pick("plain", count)
-    grid = (blocks_of(count, t.width), batch)
-    return Launch(kernels.fold, grid, (count, blocks), (go_on, t.width), t.warps, t.stages)
+    width = t.width if each == 1 else min(t.width, _FOLDED_WIDTH)
+    grid = (blocks_of(count, width), batch)
+    last = Launch(kernels.fold, grid, (count, spans, 1, spans), (go_on, each, width), t.warps, t.stages)
+    return first, last
 
 
 def sum_middle(x: Tensor) -> Tensor:

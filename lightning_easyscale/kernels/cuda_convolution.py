@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import cuda_convolution_kernels as kernels
 from . import tuning
-from .cuda import fold, fold_spans, span_of
+from .cuda import fold, span_of
 from .cuda_kernels import BLOCK, SEGMENT
 from .launch import Launch
 from .plans import planned
@@ -59,6 +59,11 @@ def _widened(x: Tensor, g: Geometry, wide: Geometry) -> Tensor:
     return torch.constant_pad_nd(x.reshape(g.batch, -1, 1, g.pixels), [0, wide.pixels - g.pixels])
 
 
+def _matrix(weight: Tensor, g: Geometry) -> Tensor:
+    """The weight with its channels last; the taps are already where there is one channel or one tap."""
+    return weight.contiguous() if g.depth in (g.taps, weight.shape[1]) else g.weight_matrix(weight)
+
+
 def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """``[N, OC, OH, OW]`` of ``[N, C, H, W]`` with any strides and ``[OC, C / groups, KH, KW]``."""
     if (wide := _in_fours(g)) is not None:
@@ -74,10 +79,10 @@ def forward(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     launch, blocks = _forward(g, x.stride())
     if blocks == 1:
         out = x.new_empty(g.batch, g.out_channels, *g.out)
-        launch(x, g.weight_matrix(weight), out)
+        launch(x, _matrix(weight, g), out)
         return out
     made = x.new_empty(blocks, g.batch, g.out_channels, *g.out)
-    launch(x, g.weight_matrix(weight), made)
+    launch(x, _matrix(weight, g), made)
     return fold(made.view(1, blocks, -1)).view(made.shape[1:])
 
 
@@ -124,8 +129,10 @@ def input_gradient(dy: Tensor, weight: Tensor, g: Geometry) -> Tensor:
             launch = ("input_gradient", g.channels // g.groups, phase.n, g.out_channels // g.groups)
             tuning.tune(launch, lambda: input_gradient(dy, weight, g), batch=g.groups, taps=phase.taps)
     m, depth = g.channels // g.groups, g.out_channels // g.groups
-    # [groups, taps, output channels, input channels]
-    matrix = weight.reshape(g.groups, depth, m, g.taps).permute(0, 3, 1, 2).contiguous()
+    matrix = weight  # [groups, taps, output channels, input channels]
+    if g.taps > 1:
+        matrix = weight.reshape(g.groups, depth, m, g.taps).permute(0, 3, 1, 2)
+    matrix = matrix.contiguous()
     everywhere = all(s == 1 for s in g.stride)
     out = (dy.new_empty if everywhere else dy.new_zeros)(g.batch, g.channels, *g.spatial)
     for phase in _phases(g):
@@ -189,7 +196,8 @@ def _reached_by(first: int, dim: int, g: Geometry) -> tuple[int, int, int]:
 
 def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     """``[OC, C / groups, KH, KW]`` of ``[N, C, H, W]`` and ``[N, OC, OH, OW]``."""
-    x, dy = (v.permute(0, 2, 3, 1).contiguous() for v in (x, dy))  # channels last, which tiles run along
+    last = torch.channels_last  # which tiles run along
+    x, dy = x.contiguous(memory_format=last), dy.contiguous(memory_format=last)
     if _depthwise(g):
         return _depthwise_weight_gradient(x, dy, g)
     m, per = g.out_channels // g.groups, g.channels // g.groups
@@ -197,6 +205,8 @@ def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
         launch = ("weight_gradient", m, g.taps * per, g.batch * g.pixels)
         tuning.tune(launch, lambda: _weight_gradient(x, dy, g), batch=g.groups, taps=g.taps)
     total = _weight_gradient(x, dy, g)
+    if g.taps == 1 or per == 1:
+        return total.view(g.out_channels, per, *g.kernel)
     return total.view(g.out_channels, *g.kernel, per).permute(0, 3, 1, 2).contiguous()
 
 
@@ -207,7 +217,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
     for launch, shape in parts:
         sums = x.new_empty(shape)
         launch(x, dy, sums)
-        total = fold_spans(sums, each, total)
+        total = fold(sums, each, total)
     assert total is not None
     return total
 
@@ -240,12 +250,10 @@ def _last_strides(g: Geometry) -> tuple[int, int, int, int]:
 
 
 def _depthwise_weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
-    each = BLOCK.value // SEGMENT.value
     segments = blocks_of(g.batch * g.pixels, SEGMENT.value)
-    sums = x.new_zeros(blocks_of(segments, each) * each, g.taps, g.channels)
+    sums = x.new_empty(1, segments, g.channels * g.taps)
     _depthwise_segments(g)(x, dy, sums)
-    folded = fold(fold(sums.view(-1, each, g.taps * g.channels))[None])
-    return folded.view(g.taps, g.channels).t().reshape(g.channels, 1, *g.kernel)
+    return fold(sums, BLOCK.value // SEGMENT.value).view(g.channels, 1, *g.kernel)
 
 
 @planned

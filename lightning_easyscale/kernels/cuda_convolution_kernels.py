@@ -232,7 +232,7 @@ def depthwise_weight_gradient(
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w, T: tl.constexpr, S: tl.constexpr,
     W: tl.constexpr,
 ):  # fmt: skip
-    """``out[segment, tap, channel]``: chains of the segments of k; grid (channels / W, segments / S).
+    """``out[segment, channel, tap]``: chains of the segments of k; grid (channels / W, segments / S).
 
     A program computes all `taps`, at most T, so that it finds out once where each k is.
     """
@@ -251,5 +251,5 @@ def depthwise_weight_gradient(
         gradient = tl.load(dy + channel * dc + (image * dn + row * dh + column * dw), mask=inside, other=0.0)
         value = tl.load(x + channel * xc + (image * xn + y * xh + z * xw), mask=there, other=0.0)
         chain = tl.fma(tl.broadcast_to(gradient, [T, S, W]), value, chain)
-    place = out + (segment * taps + tap) * channels + channel
-    tl.store(place, chain, mask=(segment * SEGMENT < depth) & (tap < taps) & (channel < channels))
+    place = out + (segment * channels + channel) * taps + tap
+    tl.store(place, chain + 0.0, mask=(segment * SEGMENT < depth) & (tap < taps) & (channel < channels))

@@ -10,14 +10,16 @@ import math
 import torch
 from torch import Tensor
 
+from . import cuda_channel_kernels as channel_kernels
 from . import cuda_fused_kernels as kernels
 from .cuda import sum_middle, words_of
 from .cuda_kernels import SUM_BLOCK
 from .launch import Launch
 from .plans import planned
-from .tiles import blocks_of, pick
+from .tiles import blocks_of, pick, power_of_two
 
 _MANY = 4096  # rows that keep a device busy two by two
+_LIMIT = 2**31 - 2**20  # elements that 32-bit offsets reach, lanes that stick out included
 ACTIVATIONS = ("gelu", "gelu by tanh", "silu", "sigmoid")
 
 
@@ -118,6 +120,15 @@ class _Channels:
         """A launch of a program for each channel."""
         return _per_channel(kernel, self.channels, self.units, numbers, constants)
 
+    def whole(self, kernel: str, numbers: tuple[int | float, ...], constants: tuple[bool, ...]) -> Launch | None:
+        """A launch of a program for each channel that does all for it, if it is not too long."""
+        if self.blocks > channel_kernels.MOST or self.rows * self.channels > _LIMIT:
+            return None
+        blocks = power_of_two(self.blocks)
+        given = (*constants, blocks, blocks.bit_length() - 1)
+        warps = min(blocks, 8)  # a thread has four lanes, or more
+        return Launch(getattr(channel_kernels, kernel), (self.channels,), numbers, given, warps, 2)
+
 
 @planned
 def _channels(images: int, channels: int, inner: int) -> _Channels:
@@ -158,7 +169,13 @@ def batch_norm(
         eps: added to variances.
     """
     x = x.contiguous()
-    c, means, inverses = _Channels.of(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    out, means, inverses = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    options = (weight is not None, bias is not None, running is not None)
+    launch = _batch_norm(x.shape, *options, float(eps), float(momentum))
+    if launch is not None:
+        launch(x, _dense(weight, x), _dense(bias, x), out, means, inverses, *(running or (means, means)))
+        return out, means, inverses
+    c = _Channels.of(x)
     unbias = c.rows / max(1, c.rows - 1)
     numbers = (c.channels, c.blocks, float(c.rows), float(eps), float(momentum), 1.0 - momentum, unbias)
     for kind in (0, 1):
@@ -166,6 +183,16 @@ def batch_norm(
         launch = c.per_channel("channel_moments", numbers, (kind, running is not None))
         launch(partial, means, inverses, *(running or (means, means)))
     return normalize(x, means, inverses, weight, bias), means, inverses
+
+
+@planned
+def _batch_norm(
+    shape: tuple[int, ...], weight: bool, bias: bool, running: bool, eps: float, momentum: float
+) -> Launch | None:
+    """The launch that does all, where the channels are not too long."""
+    c = _channels(shape[0], shape[1], math.prod(shape[2:]))
+    numbers = (c.channels, c.inner, c.rows, float(c.rows), eps, momentum, 1.0 - momentum, c.rows / max(1, c.rows - 1))
+    return c.whole("batch_norm", numbers, (weight, bias, running))
 
 
 def normalize(x: Tensor, means: Tensor, inverses: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -183,12 +210,23 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, the weight and the bias in training."""
     dy, x = dy.contiguous(), x.contiguous()
-    c, found, out, n = _Channels.of(x), x.new_empty(4, x.shape[1]), torch.empty_like(x), x.numel()
+    launch, out = _batch_norm_backward(x.shape, weight is not None), torch.empty_like(x)
+    if launch is not None:
+        products, gradients = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+        launch(dy, x, means, inverses, _dense(weight, x), out, products, gradients)
+        return out, products, gradients
+    c, found, n = _Channels.of(x), x.new_empty(4, x.shape[1]), x.numel()
     partial = c.sums(x, 2, dy, means, inverses, weight)
     c.per_channel("channel_gradients", (c.channels, c.blocks, float(c.rows)), ())(partial, found)
     launch = _strips("normalize_channels_backward", n, (n, c.channels, c.inner), (weight is not None,))
     launch(dy, x, means, inverses, _dense(weight, x), found, out)
     return out, found[2], found[3]
+
+
+@planned
+def _batch_norm_backward(shape: tuple[int, ...], weight: bool) -> Launch | None:
+    c = _channels(shape[0], shape[1], math.prod(shape[2:]))
+    return c.whole("batch_norm_backward", (c.channels, c.inner, c.rows, float(c.rows)), (weight,))
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -236,4 +274,6 @@ def _dropout_backward(n: int, keep: float) -> Launch:
 
 def _dense(parameter: Tensor | None, like: Tensor) -> Tensor:
     """A kernel's argument for an optional parameter."""
-    return like if parameter is None else parameter.float().contiguous()
+    if parameter is None:
+        return like
+    return (parameter if parameter.dtype is torch.float32 else parameter.float()).contiguous()

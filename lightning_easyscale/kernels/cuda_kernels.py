@@ -58,18 +58,33 @@ def matmul(
     tl.store(out + where, total, mask=a_mask & b_mask)
 
 
-@triton.jit(do_not_specialize=["count", "blocks"])
-def fold(partial, out, count, blocks, CONTINUE: tl.constexpr, W: tl.constexpr):
-    """``out[batch, i] = start + partial[batch, 0, i] + partial[batch, 1, i] + ...``; grid (strips, batch)."""
+@triton.jit(do_not_specialize=["count", "spans", "parts", "length"])
+def fold(partial, out, count, spans, parts, length, CONTINUE: tl.constexpr, EACH: tl.constexpr, W: tl.constexpr):
+    """``out[batch, part, i] = start + sum + sum + ...``, where a sum is +0 plus EACH of ``partial[batch, span, i]``.
+
+    A part has `length` spans, which is a multiple of EACH where there are several; the last one may have fewer, and its
+    last sum too. Grid (strips, batch * parts). With `CONTINUE`, `start` is what `out` holds, else +0.
+    """
     at = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
     mask = at < count
-    batch = tl.program_id(1).to(tl.int64)
+    batch, part = tl.program_id(1) // parts, tl.program_id(1) % parts
+    first = part * length
+    end = tl.minimum(first + length, spans)
+    base, step = partial + batch.to(tl.int64) * spans * count + at, count.to(tl.int64)
+    target = out + tl.program_id(1).to(tl.int64) * count + at
     total = tl.zeros([W], tl.float32)
     if CONTINUE:
-        total = tl.load(out + batch * count + at, mask=mask, other=0.0)
-    for block in range(blocks):
-        total += tl.load(partial + (batch * blocks + block) * count + at, mask=mask, other=0.0)
-    tl.store(out + batch * count + at, total, mask=mask)
+        total = tl.load(target, mask=mask, other=0.0)
+    for start in range(first, end, EACH):
+        if EACH == 1:
+            total += tl.load(base + start * step, mask=mask, other=0.0)
+        else:
+            chain = tl.zeros([W], tl.float32)
+            for i in tl.static_range(EACH):
+                there = mask & (start + i < end)
+                chain += tl.load(base + (start + i) * step, mask=there, other=0.0)
+            total += chain
+    tl.store(target, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "inner", "blocks", "units"])

@@ -102,8 +102,7 @@ def put_in_force(*, allow: Iterable[str] = ()) -> AbstractContextManager[Any]:
 def portable(*, allow: Iterable[str] = ()) -> Iterator[None]:
     """Compute by the format for the time of a ``with`` block, in this thread; `allow` as for `PortableDispatch`.
 
-    Attention is computed by its composed form and normalization by torch's own path, so that every device calls the
-    same operations.
+    Attention has the bits of its composed form and normalization takes torch's own path, so that devices agree.
     """
     with common_paths(), put_in_force(allow=allow):
         yield

@@ -99,9 +99,10 @@ def _fused(name: str, x: Tensor, dy: Tensor | None = None) -> Tensor | None:
         return None
     made: Tensor
     if dy is None:
-        made = fused.activation(name, x.float()).to(x.dtype)
+        made = primitives.cast(fused.activation(name, primitives.wide(x)), x.dtype)
     else:
-        made = fused.activation_backward(name, dy.float(), x.float()).to(dy.dtype)
+        made = fused.activation_backward(name, primitives.wide(dy), primitives.wide(x))
+        made = primitives.cast(made, dy.dtype)
     return made
 
 

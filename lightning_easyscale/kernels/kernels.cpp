@@ -35,6 +35,8 @@ struct Rounding {
   ~Rounding() { _mm_setcsr(saved); }
 };
 
+#include "winograd.h"
+
 // ---- dot products -------------------------------------------------------------------------------------------------
 
 // out[MR][NR] = chains over `length` values of k, from packed panels
@@ -243,4 +245,31 @@ extern "C" void es_index_add(float* out, const int64_t* index, const float* sour
       }
     }
   }
+}
+
+// ---- Winograd's transforms ----------------------------------------------------------------------------------------
+
+extern "C" void es_input_squares(const float* x, long n, long c, long h, long w, float* out, long channels, long height,
+                                 long width, long pad_h, long pad_w, long rows, long columns, long start, long end,
+                                 int threads) {
+  input_squares({x, n, c, h, w}, out, channels, height, width, pad_h, pad_w, rows, columns, start, end, threads);
+}
+
+extern "C" void es_gradient_squares(const float* y, long n, long c, long h, long w, float* out, long channels,
+                                    long height, long width, long start, long end, int threads) {
+  gradient_squares({y, n, c, h, w}, out, channels, height, width, start, end, threads);
+}
+
+extern "C" void es_output_squares(const float* products, float* out, long channels, long height, long width, long start,
+                                  long squares, int threads) {
+  output_squares(products, out, channels, height, width, start, squares, threads);
+}
+
+extern "C" void es_weight_squares(const float* w, long r, long c, long h, long v, float* out, long rows, long columns,
+                                  int threads) {
+  weight_squares({w, r, c, h, v}, out, rows, columns, threads);
+}
+
+extern "C" void es_weight_gradient(const float* sums, float* out, long size, int threads) {
+  weight_gradient(sums, out, size, threads);
 }

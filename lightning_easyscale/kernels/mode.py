@@ -237,13 +237,17 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 @contextmanager
 def common_paths() -> Iterator[None]:
-    """Process-wide switches under which CPU and CUDA call the same operations."""
+    """Process-wide switches under which CPU and CUDA call the same operations.
+
+    But for attention: CUDA calls its memory efficient form, which has a kernel with the bits of the composed form.
+    """
     cuda, mha = torch.backends.cuda, torch.backends.mha
     switches: list[tuple[Callable[[bool], None], bool, bool]] = [
         (cuda.enable_flash_sdp, cuda.flash_sdp_enabled(), False),
-        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled(), False),
+        (cuda.enable_mem_efficient_sdp, cuda.mem_efficient_sdp_enabled(), True),
         (cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled(), False),
         (cuda.enable_math_sdp, cuda.math_sdp_enabled(), True),
+        (cuda.allow_fp16_bf16_reduction_math_sdp, cuda.fp16_bf16_reduction_math_sdp_allowed(), False),
         (mha.set_fastpath_enabled, mha.get_fastpath_enabled(), False),
     ]
     cudnn, mkldnn = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled

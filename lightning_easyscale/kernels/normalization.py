@@ -48,9 +48,9 @@ def layer_norm(
     dims = list(range(x.dim() - len(shape), x.dim()))
     count = math.prod(shape) or 1
     if (fused := primitives.fused(x)) is not None and x.numel() and fused.takes_rows(count):
-        made, mean, inverse = fused.layer_norm(x.float(), count, weight, bias, eps)
+        made, mean, inverse = fused.layer_norm(primitives.wide(x), count, weight, bias, eps)
         kept = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
-        return made.to(x.dtype), mean.view(kept), inverse.view(kept)
+        return primitives.cast(made, x.dtype), mean.view(kept), inverse.view(kept)
     away, mean, variance = _moments(x.float(), dims, count)
     inverse = _inverse_deviation(variance, eps)
     return _scale(away * inverse, _wide(weight), _wide(bias)).to(x.dtype), mean, inverse
@@ -74,11 +74,11 @@ def layer_norm_backward(
     dims, rows = list(range(x.dim() - len(shape), x.dim())), list(range(x.dim() - len(shape)))
     count = math.prod(shape)
     if (fused := primitives.fused(x)) is not None and x.numel() and rows and fused.takes_rows(count):
-        made = fused.layer_norm_backward(dy.float(), x.float(), count, mean, inverse, weight)
+        made = fused.layer_norm_backward(primitives.wide(dy), primitives.wide(x), count, mean, inverse, weight)
         types = (x.dtype, *(None if p is None else p.dtype for p in (weight, bias)))
         shaped = (made[0], made[1].view(list(shape)), made[2].view(list(shape)))
         dx, dw, db = (
-            g.to(t) if wanted and t is not None else None
+            primitives.cast(g, t) if wanted and t is not None else None
             for g, t, wanted in zip(shaped, types, output_mask, strict=True)
         )
         return dx, dw, db
@@ -109,11 +109,11 @@ def batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``aten::native_batch_norm``: result, and the batch's mean and inverse deviation; updates the running ones."""
-    dims, shape, count = _channels(x)
-    wide = x.float()
     fused = primitives.fused(x)
     if fused is not None and x.numel() and fused.takes_channels(x):
         return _batch_norm_fused(fused, x, weight, bias, running_mean, running_var, training, momentum, eps)
+    dims, shape, count = _channels(x)
+    wide = x.float()
     if training:
         away, mean, variance = _moments(wide, dims, count)
         inverse = _inverse_deviation(variance, eps)
@@ -145,12 +145,16 @@ def _batch_norm_fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if training:
         running = None if running_mean is None or running_var is None else (running_mean, running_var)
-        wide = None if running is None else tuple(r.float().contiguous() for r in running)
-        made, mean, inverse = fused.batch_norm(x.float(), weight, bias, wide, momentum, eps)
+        wide = (
+            None
+            if running is None
+            else (primitives.wide(running[0]).contiguous(), primitives.wide(running[1]).contiguous())
+        )
+        made, mean, inverse = fused.batch_norm(primitives.wide(x), weight, bias, wide, momentum, eps)
         for kept, new in zip(running or (), wide or (), strict=True):
-            if kept.data_ptr() != new.data_ptr():
+            if kept is not new:
                 kept.copy_(new)
-        return primitives.like_layout(made.to(x.dtype), x), mean, inverse
+        return primitives.like_layout(primitives.cast(made, x.dtype), x), mean, inverse
     assert running_mean is not None
     assert running_var is not None
     inverse = _inverse_deviation(running_var.float(), eps)
@@ -181,15 +185,14 @@ def batch_norm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``aten::native_batch_norm_backward``."""
-    dims, shape, count = _channels(x)
     fused = primitives.fused(x)
     if training and fused is not None and x.numel() and fused.takes_channels(x):
         assert mean is not None
         assert inverse is not None
-        dx, dw, db = fused.batch_norm_backward(dy.float(), x.float(), weight, mean, inverse)
-        made = (primitives.like_layout(dx.to(x.dtype), x), dw, db)
-        dx, dw, db = (g if wanted else None for g, wanted in zip(made, output_mask, strict=True))
-        return dx, dw, db
+        dx, dw, db = fused.batch_norm_backward(primitives.wide(dy), primitives.wide(x), weight, mean, inverse)
+        made = primitives.like_layout(primitives.cast(dx, x.dtype), x)
+        return made if output_mask[0] else None, dw if output_mask[1] else None, db if output_mask[2] else None
+    dims, shape, count = _channels(x)
     if not training:
         assert running_mean is not None
         assert running_var is not None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import primitives
 from .arithmetic import divide
 from .reductions import mean
 
@@ -42,6 +43,10 @@ def max_pool2d_backward(
     """``aten::max_pool2d_with_indices_backward``: over the window's positions, ascending, its outputs' gradients."""
     kernel, (ph, pw), (dh, dw) = _pair(kernel_size), _pair(padding), _pair(dilation)
     sh, sw = _pair(stride, kernel)
+    if (direct := primitives.pooling(x, dy)) is not None:
+        windows = (kernel, (sh, sw), (ph, pw), (dh, dw))
+        made: Tensor = direct.max_pool_backward(primitives.wide(dy), indices, x.shape, *windows)
+        return made.to(x.dtype)
     (height, width), (rows, columns) = x.shape[-2:], dy.shape[-2:]
     tall = _padded_size(height, rows, kernel[0], sh, ph, dh)
     wide = _padded_size(width, columns, kernel[1], sw, pw, dw)
@@ -86,9 +91,14 @@ def avg_pool2d(
     """``aten::avg_pool2d``: the window's sum over its positions in row-major order, divided by their number."""
     kernel, (ph, pw) = _pair(kernel_size), _pair(padding)
     sh, sw = _pair(stride, kernel)
-    rows, columns = torch.ops.aten.avg_pool2d(
+    shaped = torch.ops.aten.avg_pool2d(
         torch.empty(x.shape, device="meta"), kernel, (sh, sw), (ph, pw), ceil_mode, count_include_pad
-    ).shape[-2:]
+    )
+    rows, columns = shaped.shape[-2:]
+    if (direct := primitives.pooling(x, shaped)) is not None:
+        windows = ((rows, columns), kernel, (sh, sw), (ph, pw), divisor_override or 0)
+        made: Tensor = direct.avg_pool(primitives.wide(x), *windows, padded=count_include_pad)
+        return made.to(x.dtype)
     tall = _padded_size(x.shape[-2], rows, kernel[0], sh, ph, 1)
     wide = _padded_size(x.shape[-1], columns, kernel[1], sw, pw, 1)
     padded = torch.zeros(*x.shape[:-2], tall, wide, dtype=torch.float32, device=x.device)
@@ -115,6 +125,10 @@ def avg_pool2d_backward(
     """``aten::avg_pool2d_backward``: for each position of the window, ascending, the shares of its outputs."""
     kernel, (ph, pw) = _pair(kernel_size), _pair(padding)
     sh, sw = _pair(stride, kernel)
+    if (direct := primitives.pooling(x, dy)) is not None:
+        windows = (kernel, (sh, sw), (ph, pw), divisor_override or 0)
+        made: Tensor = direct.avg_pool_backward(primitives.wide(dy), x.shape, *windows, padded=count_include_pad)
+        return made.to(x.dtype)
     rows, columns = dy.shape[-2:]
     tall = _padded_size(x.shape[-2], rows, kernel[0], sh, ph, 1)
     wide = _padded_size(x.shape[-1], columns, kernel[1], sw, pw, 1)

@@ -5,43 +5,60 @@ Everything here takes and returns fp32 tensors; the operations built on them (`l
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-_LARGEST = torch.finfo(torch.float32).max
+_FLOAT = torch.float32
+_LARGEST = torch.finfo(_FLOAT).max
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    """A module of kernels, imported where it is needed: some need a compiler, some Triton."""
+    return import_module(f".{name}", __package__)
 
 
 def _backend(x: Tensor) -> ModuleType:
-    if x.device.type == "cpu":
-        from . import cpu
-
-        return cpu
-    if x.device.type == "cuda":
-        from . import cuda
-
-        return cuda
+    if x.is_cpu:
+        return _module("cpu")
+    if x.is_cuda:
+        return _module("cuda")
     raise NotImplementedError(
         f"D2's `portable` policy has no kernels for the device `{x.device}`. HINT: use CPU or CUDA devices."
     )
 
 
+def pooling(x: Tensor, y: Tensor) -> ModuleType | None:
+    """`cuda_pooling` for CUDA tensors, where it pools an operand of the one shape to a result of the other."""
+    module = _module("cuda_pooling") if x.is_cuda else None
+    return module if module is not None and module.takes(x, y) else None
+
+
 def fused(x: Tensor) -> ModuleType | None:
     """`cuda_fused` for CUDA tensors: whole operations as one kernel, which have the bits of their composed forms."""
-    if x.device.type != "cuda":
-        return None
-    from . import cuda_fused
+    return _module("cuda_fused") if x.is_cuda else None
 
-    return cuda_fused
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` for less than a microsecond where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x.float()``, likewise."""
+    return x if x.dtype is _FLOAT else x.float()
 
 
 def like_layout(made: Tensor, x: Tensor) -> Tensor:
     """`made` in channels-last order where the input is."""
+    if x.is_contiguous():
+        return made
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous():
-        return made.contiguous(memory_format=last)
-    return made
+    return made.contiguous(memory_format=last) if last is not None and x.is_contiguous(memory_format=last) else made
 
 
 def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
@@ -63,7 +80,7 @@ def matmul(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
 
 def sum_with_matmul(base: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     """``base + a @ b`` of fp32 tensors as one kernel, where there is one; `base` may be broadcast."""
-    if a.device.type != "cuda" or not base.dtype == a.dtype == b.dtype == torch.float32:
+    if not a.is_cuda or not base.dtype == a.dtype == b.dtype == torch.float32:
         return None
     shape = torch.Size((*a.shape[:-1], b.shape[-1]))
     if a.numel() == 0 or b.numel() == 0 or base.dim() > len(shape):
@@ -93,7 +110,7 @@ def quotient(a: Tensor | float, b: Tensor | float) -> Tensor | None:
     x, number = (a, b) if isinstance(a, Tensor) else (b, a)
     if isinstance(number, Tensor) or not isinstance(x, Tensor) or not isinstance(number, (int, float)):
         return None
-    if x.device.type != "cuda" or x.dtype != torch.float32 or x.numel() == 0:
+    if not x.is_cuda or x.dtype != torch.float32 or x.numel() == 0:
         return None
     if not -_LARGEST <= number <= _LARGEST or number != float(number):
         return None  # torch refuses a larger one, and rounds a longer one once

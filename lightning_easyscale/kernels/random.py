@@ -20,7 +20,8 @@ from .arithmetic import divide
 _WORD = torch.iinfo(torch.int64)
 
 
-def _key(generator: torch.Generator | None) -> int:
+def draw_key(generator: torch.Generator | None = None) -> int:
+    """The key of a call, drawn from torch's CPU generator or from another one of the CPU."""
     if generator is not None and generator.device.type != "cpu":
         generator = None
     drawn = torch.empty((), dtype=torch.int64).random_(_WORD.min, None, generator=generator)
@@ -29,18 +30,18 @@ def _key(generator: torch.Generator | None) -> int:
 
 def uniform_(x: Tensor, low: float = 0, high: float = 1, generator: torch.Generator | None = None) -> Tensor:
     """Fill with ``u * (high - low) + low``."""
-    drawn = primitives.random("uniform", _key(generator), x)
+    drawn = primitives.random("uniform", draw_key(generator), x)
     return x.copy_(drawn if (low, high) == (0, 1) else drawn * (high - low) + low)
 
 
 def normal_(x: Tensor, mean: float = 0, std: float = 1, generator: torch.Generator | None = None) -> Tensor:
     """Fill with ``z * std + mean``."""
-    drawn = primitives.random("normal", _key(generator), x)
+    drawn = primitives.random("normal", draw_key(generator), x)
     return x.copy_(drawn if (mean, std) == (0, 1) else drawn * std + mean)
 
 
 def _chosen(x: Tensor, p: Tensor | float, generator: torch.Generator | None) -> Tensor:
-    drawn = primitives.random("uniform", _key(generator), x)
+    drawn = primitives.random("uniform", draw_key(generator), x)
     return drawn < (p.float() if isinstance(p, Tensor) else p)
 
 
@@ -64,7 +65,7 @@ def dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
     if not (train is None or train) or p == 0:
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     if p != 1 and (fused := _fused(x)) is not None:
-        made: tuple[Tensor, Tensor] = fused.dropout(x, _key(None), 1 - p)
+        made: tuple[Tensor, Tensor] = fused.dropout(x, draw_key(), 1 - p)
         return made
     kept = _chosen(x, 1 - p, None)
     return (torch.zeros_like(x) if p == 1 else x * _noise(kept, 1 - p, x.dtype)), kept

@@ -37,14 +37,14 @@ def tree_sum(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch
     if x.dim() == 0:
         return x.to(dtype or x.dtype, copy=True)
     s = _summed(x.shape, tuple(_dims(x, dim)))
-    wide = x.float() if x.dtype != torch.float64 else x
+    wide = primitives.wide(x) if x.dtype != torch.float64 else x
     if s.middle is not None and x.is_contiguous():
         made = primitives.sum_middle(wide.reshape(s.middle))
     elif s.kept == [1] and (fused := primitives.fused(x)) is not None and fused.takes_channels(x):
         made = fused.channel_sum(wide)
     else:
         made = primitives.sum_middle(wide.permute(s.order).reshape(math.prod(s.shape), s.rows, 1))
-    return made.view(s.with_ones if keepdim else s.shape).to(dtype or x.dtype)
+    return primitives.cast(made.view(s.with_ones if keepdim else s.shape), dtype or x.dtype)
 
 
 class _Summed(NamedTuple):
@@ -102,7 +102,7 @@ def _count(x: Tensor, dim: Dims) -> int:
 def mean(x: Tensor, dim: Dims = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """The sum, divided by the number of elements."""
     target = dtype or x.dtype
-    return divide(tree_sum(x, dim, keepdim, dtype=torch.float32), _count(x, dim)).to(target)
+    return primitives.cast(divide(tree_sum(x, dim, keepdim, dtype=torch.float32), _count(x, dim)), target)
 
 
 def var_mean(
@@ -172,7 +172,7 @@ def softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x, dtype=target)
     if (fused := _rows(x, dim)) is not None:
-        return fused.softmax(x.float(), log=False).to(target)
+        return primitives.cast(fused.softmax(primitives.wide(x), log=False), target)
     x = x.float()
     e = primitives.unary("exp", x - x.amax(dim, keepdim=True))
     return divide(e, tree_sum(e, dim, True)).to(target)
@@ -187,9 +187,9 @@ def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tenso
 
 def softmax_backward(dy: Tensor, y: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
     """``(dy - sum(dy * y)) * y``."""
-    g, y = dy.float(), y.float()
+    g, y = primitives.wide(dy), primitives.wide(y)
     if y.numel() and (fused := _rows(y, dim)) is not None:
-        return fused.softmax_backward(g, y, log=False).to(input_dtype)
+        return primitives.cast(fused.softmax_backward(g, y, log=False), input_dtype)
     return ((g - tree_sum(g * y, dim, True)) * y).to(input_dtype)
 
 
@@ -199,7 +199,7 @@ def log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x, dtype=target)
     if (fused := _rows(x, dim)) is not None:
-        return fused.softmax(x.float(), log=True).to(target)
+        return primitives.cast(fused.softmax(primitives.wide(x), log=True), target)
     x = x.float()
     shifted = x - x.amax(dim, keepdim=True)
     total = tree_sum(primitives.unary("exp", shifted), dim, True)

@@ -16,7 +16,19 @@ from typing import Any
 
 import torch
 
-from . import arithmetic, convolution, elementwise, linear, losses, normalization, pooling, random, reductions, scatter
+from . import (
+    arithmetic,
+    attention,
+    convolution,
+    elementwise,
+    linear,
+    losses,
+    normalization,
+    pooling,
+    random,
+    reductions,
+    scatter,
+)
 
 _VIEWS = """
     alias as_strided detach diagonal expand lift lift_fresh permute select slice split split_with_sizes squeeze t
@@ -79,6 +91,8 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "_softmax_backward_data": reductions.softmax_backward,
     "_log_softmax": reductions.log_softmax,
     "_log_softmax_backward_data": reductions.log_softmax_backward,
+    "_scaled_dot_product_efficient_attention": attention.forward,
+    "_scaled_dot_product_efficient_attention_backward": attention.backward,
     "native_layer_norm": normalization.layer_norm,
     "native_layer_norm_backward": normalization.layer_norm_backward,
     "native_batch_norm": normalization.batch_norm,
@@ -168,6 +182,6 @@ REPLACED = {f"aten::{name}": function for name, function in _REPLACED.items()}
 
 RANDOM = _names(
     "uniform_ normal_ normal bernoulli bernoulli_ rand rand_like randn randn_like",
-    "random_ randint randint_like randperm multinomial native_dropout",
+    "random_ randint randint_like randperm multinomial native_dropout _scaled_dot_product_efficient_attention",
 )
 """Operations of `REPLACED` that draw random numbers."""

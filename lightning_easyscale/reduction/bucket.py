@@ -10,10 +10,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
+
+from ..runtime.bulk import below_autograd
 
 # On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
 # more in calls than they save (measured at 11.7 million elements).
@@ -21,6 +24,30 @@ _BLOCK_BYTES = 1 << 20
 
 Segment = tuple[int, int, int]
 """Part of a member's gradient: its slot, the first element and the one after the last."""
+
+
+class Stretch(NamedTuple):
+    """A part of a bucket that is folded at once."""
+
+    span: slice
+    segments: list[Segment]
+    sizes: list[int]
+    slots: slice | None  # of the members, if it holds all of each
+
+    @classmethod
+    def of(cls, span: slice, segments: list[Segment], sizes: Sequence[int]) -> Stretch:
+        """The part of a bucket, with members of these sizes, that consists of some segments."""
+        entire = all(start == 0 and stop == sizes[slot] for slot, start, stop in segments)
+        slots = slice(segments[0][0], segments[-1][0] + 1)
+        # A member without elements has no segment.
+        entire = entire and slots.stop - slots.start == len(segments)
+        return cls(span, segments, [stop - start for _, start, stop in segments], slots if entire else None)
+
+    def parts(self, pieces: list[Tensor]) -> list[Tensor]:
+        """What it holds of the members' elements."""
+        if self.slots is not None:
+            return pieces[self.slots]
+        return [pieces[slot][start:stop] for slot, start, stop in self.segments]
 
 
 class BucketForm:
@@ -38,14 +65,15 @@ class BucketForm:
         self.members = tuple(members)
         own = [parameters[i] for i in members]
         self.dtype, self.device = own[0].dtype, own[0].device
-        self._bounds = [0, *accumulate(p.numel() for p in own)]
+        self._sizes = [p.numel() for p in own]
+        self._bounds = [0, *accumulate(self._sizes)]
         # As in DDP: a dense parameter keeps its memory order, any other becomes contiguous.
         self._forms = [
             (p.shape, p.stride() if _is_dense(p) else torch.empty(p.shape, device="meta").stride()) for p in own
         ]
         self._like = [torch.empty(shape, device="meta") for shape, _ in self._forms]
         self.contiguous = all(t.stride() == stride for t, (_, stride) in zip(self._like, self._forms, strict=True))
-        self._blocks: dict[tuple[int, int], list[tuple[slice, list[Segment]]]] = {}
+        self._blocks: dict[tuple[int, int], list[Stretch]] = {}
 
     @property
     def numel(self) -> int:
@@ -54,13 +82,14 @@ class BucketForm:
 
     def sizes(self) -> list[int]:
         """Number of elements of each member."""
-        return [b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
+        return self._sizes
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The gradients in a flat buffer, shaped and strided like their parameters."""
-        if self.contiguous:
-            return list(_unflatten_dense_tensors(flat, self._like))
-        return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
+        with below_autograd():
+            if self.contiguous:
+                return list(_unflatten_dense_tensors(flat, self._like))
+            return [self.shaped(slot, piece) for slot, piece in enumerate(flat.split(self.sizes()))]
 
     def shaped(self, slot: int, piece: Tensor) -> Tensor:
         """A member's elements in memory order, shaped and strided like its parameter."""
@@ -76,6 +105,13 @@ class BucketForm:
         self.shaped(slot, flat).copy_(grad)
         return flat
 
+    def all_flattened(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """`flattened` for every member."""
+        with below_autograd():
+            if self.contiguous and all(map(Tensor.is_contiguous, grads)):
+                return list(map(Tensor.ravel, grads))
+            return [self.flattened(slot, grad) for slot, grad in enumerate(grads)]
+
     def segments(self, span: slice) -> list[Segment]:
         """The parts of members that lie in a span of the buffer."""
         found, slot = [], bisect_right(self._bounds, span.start) - 1
@@ -87,7 +123,7 @@ class BucketForm:
             slot += 1
         return found
 
-    def blocks(self, span: slice) -> list[tuple[slice, list[Segment]]]:
+    def blocks(self, span: slice) -> list[Stretch]:
         """The parts of a span that are folded one after the other: many small segments, or a piece of a large one."""
         key = (span.start, span.stop)
         if key not in self._blocks:
@@ -100,7 +136,7 @@ class BucketForm:
                         found[-1] = (slice(found[-1][0].start, at + end), [*found[-1][1], (slot, first, end)])
                     else:
                         found.append((slice(at + first, at + end), [(slot, first, end)]))
-            self._blocks[key] = found
+            self._blocks[key] = [Stretch.of(block, segments, self._sizes) for block, segments in found]
         return self._blocks[key]
 
 
@@ -109,18 +145,21 @@ class LocalGradients:
 
     Args:
         form: of the bucket.
-        pieces: per EST, in rank order, each member's gradient in memory order, flat. They may wait in host memory.
+        pieces: per EST, in rank order, each member's gradient in memory order, flat. All of an EST's may wait in host
+            memory.
         scale: what a gradient is multiplied by before it is added; None if that was done.
 
     Attributes:
         results: where the reduced gradients are to go: the first EST's pieces, if they are on the device.
     """
 
-    def __init__(self, form: BucketForm, pieces: Sequence[Sequence[Tensor]], scale: float | None) -> None:
+    def __init__(self, form: BucketForm, pieces: Sequence[list[Tensor]], scale: float | None) -> None:
         self.form = form
         self.pieces = pieces
         self._scale = scale
-        self.results = [p if p.device == form.device else torch.empty_like(p, device=form.device) for p in pieces[0]]
+        self.results = list(pieces[0])
+        if self.results[0].device != form.device:
+            self.results = [torch.empty_like(piece, device=form.device) for piece in self.results]
 
     @property
     def whole(self) -> slice:
@@ -136,36 +175,33 @@ class LocalGradients:
             out: as long as the span.
             onto: `out` holds a partial sum to begin with; else it begins with the first EST's gradient.
         """
-        for block, segments in self.form.blocks(span):
-            self._fold(ests, segments, out[block.start - span.start : block.stop - span.start], onto=onto)
+        for block in self.form.blocks(span):
+            place = out[block.span.start - span.start : block.span.stop - span.start]
+            self._fold(ests, block, place, onto=onto)
 
     def fold_into_results(self, ests: Sequence[int], span: slice) -> None:
         """Fold gradients of all local ESTs, in the given order, into the results."""
         blocks = self.form.blocks(span)
         room = torch.empty(
-            max((b.stop - b.start for b, _ in blocks), default=0), dtype=self.form.dtype, device=self.form.device
+            max((b.span.stop - b.span.start for b in blocks), default=0), dtype=self.form.dtype, device=self.form.device
         )
-        for block, segments in blocks:
-            total = room[: block.stop - block.start]
-            if len(segments) > 1:
-                self._fold(ests, segments, total)
-                self._store(segments, total)
+        for block in blocks:
+            total = room[: block.span.stop - block.span.start]
+            places = block.parts(self.results)
+            if len(places) > 1:
+                self._fold(ests, block, total)
+                _store(total, block.sizes, places)
             else:
-                slot, start, stop = segments[0]
-                self._fold(ests, segments, total, last=self.results[slot][start:stop])
+                self._fold(ests, block, total, last=places[0])
 
     def store(self, reduced: Tensor) -> None:
         """Put the reduced bucket into the results."""
-        self._store(self.form.segments(self.whole), reduced)
-
-    def _store(self, segments: list[Segment], reduced: Tensor) -> None:
-        places = [_part(self.results[slot], start, stop) for slot, start, stop in segments]
-        torch._foreach_copy_(places, list(reduced.split([stop - start for _, start, stop in segments])))
+        _store(reduced, self.form.sizes(), self.results)
 
     def _fold(
         self,
         ests: Sequence[int],
-        segments: list[Segment],
+        block: Stretch,
         total: Tensor,
         *,
         onto: bool = False,
@@ -176,17 +212,19 @@ class LocalGradients:
         for place, est in enumerate(ests):
             final = last is not None and place == len(ests) - 1
             if place == 0 and not onto:
-                self._read(est, segments, last if final and last is not None else total)
+                self._read(est, block, last if final and last is not None else total)
                 continue
             own = torch.empty_like(total) if own is None else own
-            self._read(est, segments, own)
+            self._read(est, block, own)
             torch.add(own, total, out=last if final else total)
 
-    def _read(self, est: int, segments: list[Segment], out: Tensor) -> None:
-        """An EST's gradients in these segments, scaled."""
-        parts = [_part(self.pieces[est][slot], start, stop) for slot, start, stop in segments]
+    def _read(self, est: int, block: Stretch, out: Tensor) -> None:
+        """An EST's gradients in this block, scaled."""
+        parts = block.parts(self.pieces[est])
         if len(parts) > 1:
-            parts = [p if p.device == out.device else p.to(out.device, non_blocking=True) for p in parts]
+            # All of an EST's wait in host memory, or none.
+            if parts[0].device != out.device:
+                parts = [part.to(out.device, non_blocking=True) for part in parts]
             torch.cat(parts, out=out)
             if self._scale is not None:
                 out.mul_(self._scale)
@@ -198,9 +236,11 @@ class LocalGradients:
             torch.mul(parts[0], self._scale, out=out)
 
 
-def _part(flat: Tensor, start: int, stop: int) -> Tensor:
-    """A slice, made only where it is not the whole: most are, and each would cost a Python call of torch's."""
-    return flat if stop - start == flat.numel() else flat[start:stop]
+def _store(flat: Tensor, sizes: list[int], places: list[Tensor]) -> None:
+    """Put the pieces of a flat tensor where they belong."""
+    with below_autograd():
+        pieces = list(flat.split(sizes))
+    torch._foreach_copy_(places, pieces)
 
 
 def _is_dense(tensor: Tensor) -> bool:

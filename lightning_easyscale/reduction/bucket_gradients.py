@@ -17,8 +17,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from ..runtime.bulk import all_gradients, drop, has_none
 from .bucket import BucketForm, LocalGradients
 from .exchange import Finish, Reduction
 from .gradients import GradientReduce, Rendezvous
@@ -73,6 +75,8 @@ class BucketGradients(GradientReduce):
         self._unsure: dict[int, set[int]] = defaultdict(set)
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._read: set[int] = set()
+        self._given: dict[tuple[int, int], list[Tensor]] = {}  # gradients that came as a group
+        self._in_place: set[int] = set()  # groups that came as such from every EST, reduced where they are
         self._views: dict[int, dict[int, weakref.ref[Tensor]]] = defaultdict(dict)
 
     def _prepare(self, parameters: list[Parameter]) -> None:
@@ -89,6 +93,7 @@ class BucketGradients(GradientReduce):
 
     def _use(self, layout: BucketLayout, parameters: list[Parameter]) -> None:
         self._forms = [BucketForm(members, parameters) for members in layout.buckets]
+        self._members.clear()
         self._bucket_of = {i: b for b, members in enumerate(layout.buckets) for i in members}
         self._expect()
 
@@ -115,6 +120,7 @@ class BucketGradients(GradientReduce):
     def deposit_group(self, rank: int, number: int, grads: list[Tensor]) -> list[Tensor]:
         """See `GradientReduce.deposit_group`."""
         self._missing[number] -= len(grads)
+        self._given[rank, number] = grads
         self._start_whole()
         return grads
 
@@ -137,9 +143,30 @@ class BucketGradients(GradientReduce):
     @torch.no_grad()
     def _start(self, number: int) -> None:
         form = self._forms[number]
-        pieces = [[self._piece(form, rank, slot) for slot in range(len(form.members))] for rank in self._ests]
+        pieces = [self._pieces(number, rank) for rank in self._ests]
+        given = [self._given.pop((rank, number), None) for rank in self._ests]
+        if not has_none(given):
+            self._in_place.add(number)
         local = LocalGradients(form, pieces, None if self._as_view else 1.0 / self.n)
         self._started.append((local, self._reduction.start(number, local)))
+
+    def _pieces(self, number: int, rank: int) -> list[Tensor]:
+        form = self._forms[number]
+        grads = self._given.get((rank, number))
+        if grads is not None:
+            pieces = form.all_flattened(grads)
+            if rank != self._ests.start:
+                return pieces
+            places = set(map(Tensor.data_ptr, pieces))
+            if (
+                len(places) == len(pieces)
+                and self._read.isdisjoint(places)
+                and places.issuperset(map(Tensor.data_ptr, grads))
+            ):
+                self._read |= places
+                return pieces
+            del self._given[rank, number]
+        return [self._piece(form, rank, slot) for slot in range(len(form.members))]
 
     def _piece(self, form: BucketForm, rank: int, slot: int) -> Tensor:
         index = form.members[slot]
@@ -168,6 +195,7 @@ class BucketGradients(GradientReduce):
     def _let_wait(self, rank: int) -> None:
         """Move an EST's gradients to the host, where the first EST's results will not be: it gets new ones."""
         waiting = self._waiting[rank] = {}
+        self._given = {key: grads for key, grads in self._given.items() if key[0] != rank}
         for form in self._forms[len(self._started) :]:
             for slot, index in enumerate(form.members):
                 waiting[index] = to_host(self._piece(form, rank, slot))
@@ -177,8 +205,11 @@ class BucketGradients(GradientReduce):
     def _complete(self) -> None:
         started, self._started = self._started, []
         lead, *others = self._ests
-        for local, finish in started:
+        for number, (local, finish) in enumerate(started):
             finish()
+            if number in self._in_place:
+                self._pass_on(number)
+                continue
             reduced = [
                 (slot, index)
                 for slot, index in enumerate(local.form.members)
@@ -194,6 +225,7 @@ class BucketGradients(GradientReduce):
                         _assign(self._parameters[rank][index], grad, copy=True)
                     else:
                         self._parameters[rank][index].grad = None
+        self._in_place.clear()
         self._unsure.clear()
         self._waiting.clear()
         self._read.clear()
@@ -202,6 +234,18 @@ class BucketGradients(GradientReduce):
                 grads = {i: p.grad for i, p in enumerate(self._parameters[rank]) if p.grad is not None}
                 self._views[rank] = {i: weakref.ref(grad) for i, grad in grads.items()}
         self._rebuild()
+
+    def _pass_on(self, number: int) -> None:
+        """The first EST's gradients of a group hold the result already."""
+        lead, *others = self._ests
+        reduced = all_gradients(self._group(lead, number))
+        # Written to below autograd, which would not notice where a graph has saved one.
+        increment_version(reduced)
+        for rank in others:
+            if self.private_gradients:
+                torch._foreach_copy_(all_gradients(self._group(rank, number)), reduced)
+            else:
+                drop(self._group(rank, number))
 
     def _rebuild(self) -> None:
         """Once: the layout that DDP goes over to."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -53,7 +52,8 @@ class ESTDataParallel(nn.Module):
         bucket_cap_mb: DDP's argument; `torch.compile` splits graphs by it.
         broadcast_buffers: whether `sync_buffers` is called before forward, in training and evaluation.
         overlap: lets other ESTs run during this one's backwards.
-        sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place.
+        sync_buffers: gives the listed buffers, those of one type together, the values of EST 0, in place. A graph that
+            saved a buffer before stays valid, as under DDP: version counters do not change.
 
     Raises:
         ValueError: if `n` differs from the reduction's, or an embedding produces sparse gradients.
@@ -104,7 +104,6 @@ class ESTDataParallel(nn.Module):
         self._hooks = GradientHooks(self._parameters_in_order, self._gradient_ready)
         self._hooks.listen(range(total))
         self._arrivals = Arrivals(self._parameters_in_order)
-        self._groups: Sequence[Sequence[int]] = ()
         self._group_at: dict[int, int] = {}
         self._taken: set[int] = set()
         self._may_group = not (self.static_graph or find_unused_parameters)
@@ -154,7 +153,7 @@ class ESTDataParallel(nn.Module):
     def end_backward(self) -> None:
         """The backward that `begin_backward` told of is over."""
         self.end_overlap()
-        if self._expecting and self._groups and self._arrivals.came():
+        if self._expecting and self._arrivals.groups and self._arrivals.came():
             # Hooks have heard of nothing.
             self._backward_ended()
         self._arrivals.end()
@@ -209,10 +208,7 @@ class ESTDataParallel(nn.Module):
         groups = self._buffers_now()
         if not groups or self._sync_buffers_from_est_0 is None:
             return
-        # A graph that saved a buffer before this stays valid, as under DDP. EST 0's are not written to.
-        written = () if self.rank == 0 else tuple(chain.from_iterable(groups))
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(written):
-            self._sync_buffers_from_est_0(groups)
+        self._sync_buffers_from_est_0(groups)
 
     def _refuse_unfinished(self) -> None:
         if not self._ready:
@@ -225,7 +221,7 @@ class ESTDataParallel(nn.Module):
         )
 
     def _gradient_ready(self, index: int) -> None:
-        if self._groups:
+        if self._arrivals.groups:
             if self._expecting:
                 self._arm()
                 if self._arrivals.begun:
@@ -282,15 +278,14 @@ class ESTDataParallel(nn.Module):
     def _take_group(self, number: int) -> None:
         if number in self._taken:
             raise self._came_twice(next(i for i, group in self._group_at.items() if group == number))
-        members = self._groups[number]
-        grads = self._arrivals.final(members)
+        grads = self._arrivals.final(number)
         if grads is not None:
             self._taken.add(number)
-            self._arrivals.took(members, self._reduce.deposit_group(self.rank, number, grads))
+            self._arrivals.took(number, self._reduce.deposit_group(self.rank, number, grads))
 
     def _take_rest(self) -> None:
         """At the end of a backward: what hooks came too early for."""
-        groups = self._groups
+        groups = self._arrivals.groups
         for number in range(len(groups)):
             if number not in self._taken:
                 self._take_group(number)
@@ -307,7 +302,8 @@ class ESTDataParallel(nn.Module):
 
     def _ungroup(self) -> None:
         """Listen to each gradient again, for good."""
-        self._groups, self._may_group = (), False
+        self._arrivals.group(())
+        self._may_group = False
         self._hooks.listen(range(len(self._names)))
 
     def _group(self, order: Sequence[int]) -> None:
@@ -316,7 +312,7 @@ class ESTDataParallel(nn.Module):
         if groups:
             place = {index: i for i, index in enumerate(order)}
             self._group_at = {max(members, key=place.__getitem__): number for number, members in enumerate(groups)}
-            self._groups = groups
+            self._arrivals.group(groups)
             self._hooks.listen(self._group_at)
 
     @property
@@ -342,7 +338,7 @@ class ESTDataParallel(nn.Module):
             self._overlap.come_back()
         if not self._expecting:
             return
-        if self._groups:
+        if self._arrivals.groups:
             self._take_rest()
             if self._ready:
                 return
@@ -359,7 +355,7 @@ class ESTDataParallel(nn.Module):
         used, self._used = self._used, [False] * len(self._names)
         self._expecting = False
         order, self._ready = list(self._ready), {}
-        groups = self._may_group and not self._groups and self._arrivals.begun
+        groups = self._may_group and not self._arrivals.groups and self._arrivals.begun
         self._reduce.finish(self.rank, used if reports else None)
         if groups:
             self._group(order)

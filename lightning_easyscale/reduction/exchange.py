@@ -314,6 +314,10 @@ class NativeReduction(_Exchange):
 
 def _fold_all(local: LocalGradients, n: int) -> None:
     """The ring order where all ESTs are here."""
+    if n == 2:
+        # Addition commutes: one pass over both chunks.
+        local.fold_into_results([0, 1], local.whole)
+        return
     for c, chunk in enumerate(ring_chunks(local.form.numel * local.form.dtype.itemsize, local.form.dtype.itemsize, n)):
         local.fold_into_results([(c - k) % n for k in range(1, n + 1)], chunk)
 

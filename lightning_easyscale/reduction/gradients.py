@@ -58,6 +58,7 @@ class GradientReduce(ABC):
         self._exchange = reduction
         self._rendezvous = rendezvous
         self._parameters: dict[int, list[Parameter]] = {}
+        self._members: dict[tuple[int, int], list[Parameter]] = {}
         self._finished: dict[int, Sequence[bool] | None] = {}
         self._unused: frozenset[int] = frozenset()
 
@@ -78,6 +79,7 @@ class GradientReduce(ABC):
                 )
         first = not self._parameters
         self._parameters[rank] = list(parameters)
+        self._members.clear()
         if first:
             self._prepare(self._parameters[rank])
 
@@ -107,6 +109,14 @@ class GradientReduce(ABC):
         Returns:
             `grads` if the parameters keep them until the end of the step, else none.
         """
+
+    def _group(self, rank: int, number: int) -> list[Parameter]:
+        """The parameters of a group of EST `rank`."""
+        members = self._members.get((rank, number))
+        if members is None:
+            parameters = self._parameters[rank]
+            members = self._members[rank, number] = [parameters[i] for i in self.groups[number]]
+        return members
 
     def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:
         """Every parameter of EST `rank` was deposited; returns when `.grad` holds the reduced gradients.

@@ -7,11 +7,14 @@ list is remembered instead: every module's children and dictionary of buffers, i
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_values = dict.values
 
 
 class ModuleBuffers:
@@ -41,7 +44,7 @@ class ModuleBuffers:
             self._holders = [m._buffers for m in modules if m._buffers]
             self._empty = [d for m in modules for d in (m._modules, m._buffers) if not d]
             self._groups = None
-        entries = [buffer for holder in self._holders for buffer in holder.values()]
+        entries = list(chain.from_iterable(map(_values, self._holders)))
         if self._groups is None or len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             self._entries = entries
             self._groups = _by_type({id(b): b for b in entries if b is not None}.values())

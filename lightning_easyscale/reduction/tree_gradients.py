@@ -11,7 +11,8 @@ buckets in index order; the grouping into buckets changes no bits, because the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import compress, repeat
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch._utils import _flatten_dense_tensors
 from torch.nn import Parameter
 
 from ..placement import Placement
+from ..runtime.bulk import assign, below_autograd, drop, has_none
 from .bucket import BucketForm
 from .exchange import TreeReduction
 from .gradients import GradientReduce, Rendezvous
@@ -64,6 +66,7 @@ class TreeGradients(GradientReduce):
         self._bucket_cap_mb = bucket_cap_mb
         self._in_turn = in_turn
         self._begun: set[int] = set()
+        self._one_by_one: set[int] = set()  # ESTs of which a parameter may still have its own gradient
         self._buckets: list[_Bucket] = []
         self._place: list[tuple[_Bucket, int]] = []
         self._pending: list[Pending] = []
@@ -85,6 +88,7 @@ class TreeGradients(GradientReduce):
             ValueError: if the gradient is sparse.
         """
         self.begin(rank)
+        self._one_by_one.add(rank)
         parameter = self._parameters[rank][index]
         bucket, slot = self._place[index]
         bucket.take(rank, slot, parameter.grad, 1.0 / self.n)
@@ -101,8 +105,7 @@ class TreeGradients(GradientReduce):
         """See `GradientReduce.deposit_group`."""
         self.begin(rank)
         bucket = self._buckets[number]
-        for index in bucket.members:
-            self._parameters[rank][index].grad = None
+        drop(self._group(rank, number))
         bucket.fold_in(rank, grads, 1.0 / self.n)
         self._start_whole()
         return []
@@ -121,15 +124,21 @@ class TreeGradients(GradientReduce):
     def _complete(self) -> None:
         pending, self._pending = self._pending, []
         self._begun = set()
-        for bucket, handle in zip(self._buckets, pending, strict=True):
+        for number, (bucket, handle) in enumerate(zip(self._buckets, pending, strict=True)):
             flat = handle.wait()
             for rank in self._ests:
-                views: Sequence[Tensor | None] = [None] * len(bucket.members)
                 if rank == self._ests.start or self.private_gradients:
-                    views = bucket.views(flat if rank == self._ests.start else flat.clone())
-                for index, view in zip(bucket.members, views, strict=True):
-                    if index not in self._unused:
-                        self._parameters[rank][index].grad = view
+                    views: Iterable[Tensor | None] = bucket.views(flat if rank == self._ests.start else flat.clone())
+                elif rank in self._one_by_one:
+                    views = repeat(None)
+                else:
+                    continue
+                parameters: Iterable[Parameter] = self._group(rank, number)
+                if self._unused:
+                    used = [index not in self._unused for index in bucket.members]
+                    parameters, views = compress(parameters, used), compress(views, used)
+                assign(parameters, views)
+        self._one_by_one.clear()
 
 
 class _Bucket(BucketForm):
@@ -169,8 +178,9 @@ class _Bucket(BucketForm):
     @torch.no_grad()
     def _scaled(self, grads: Sequence[Tensor | None], factor: float) -> Tensor:
         """The bucket's gradients, multiplied by a factor, in one flat tensor: few kernels, however many they are."""
-        if self.contiguous and self._scales_flat and all(grad is not None for grad in grads):
-            flat = _flatten_dense_tensors(grads)
+        if self.contiguous and self._scales_flat and not has_none(grads):
+            with below_autograd():
+                flat = _flatten_dense_tensors(grads)
             # Of one gradient it is a view.
             return flat.mul_(factor) if len(grads) > 1 else flat * factor
         pieces = [

@@ -17,6 +17,7 @@ from .collectives import Fold, on_host
 from .executor import Executor
 from .header import SNAPSHOT, STOP
 from .packing import pack, unpack
+from .parcels import Parcels
 from .peers import Peers
 
 Compute = Callable[[list[Any]], list[Any]]
@@ -45,6 +46,7 @@ class Channel:
         self.fold = fold
         self.local = tuple(r for r in self.ranks if r in executor.ranks)
         self.covers_world = len(self.ranks) == placement.num_ests
+        self.parcels = Parcels(len(self.local))
 
     def complete(self, tag: str, deposits: dict[int, Any], compute: Compute) -> dict[int, Any]:
         """Exchange deposits between executors and compute the local members' results."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -13,6 +14,7 @@ ROOM = HEADER_BYTES - _LEAD
 FAILED, STOP, SNAPSHOT = 1, 2, 4
 
 
+@lru_cache(maxsize=256)
 def digest(text: str) -> bytes:
     """16 bytes that stand for `text` in a header."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

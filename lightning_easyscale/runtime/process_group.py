@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group  # type: ignore[attr-defined]
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from . import collectives as computed
+from .bulk import below_autograd
 from .channel import Channel
 from .collectives import all_reduce, detached, on_host
 from .executor import Executor
 from .messages import Address
+from .parcels import Parcel
 from .works import Receipt, copy_into, done
 from .world import WorldState
 
@@ -161,24 +162,27 @@ class VirtualProcessGroup(_ProcessGroup):
         return done(targets)
 
     def broadcast_coalesced(self, groups: Sequence[list[Tensor]]) -> None:
-        """Copy the first EST's tensors to all others, in place, each group of one type as one flat tensor.
+        """Copy the first EST's tensors to all others, in place, without a change of their version counters.
 
         The world's group only. No EST waits for another of its executor.
         """
         channel = self._channel
+        if self.size() == 1:
+            return
         tag = f"broadcast_coalesced({', '.join(f'{len(group)} of {group[0].dtype}' for group in groups)})"
 
-        def value() -> list[Any]:
-            # Of one tensor, a flat one would be a view.
-            flats = [_flatten_dense_tensors(g) if len(g) > 1 else g[0].flatten().clone() for g in groups]
-            channel.share(tag, flats, 0)
-            return [_unflatten_dense_tensors(flat, group) for flat, group in zip(flats, groups, strict=True)]
+        def value() -> Parcel:
+            parcel = channel.parcels.take(groups)
+            if self._group_rank == 0:
+                parcel.pack(groups)
+            channel.share(tag, parcel.messages, 0)
+            return parcel
 
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            sources = channel.executor.publish(self._est_rank, self.next_key(), tag, value)
+        with below_autograd(), torch._C.DisableTorchFunction():
+            parcel = channel.executor.publish(self._est_rank, self.next_key(), tag, value)
             if self._group_rank != 0:
-                for group, views in zip(groups, sources, strict=True):
-                    torch._foreach_copy_(group, views)
+                parcel.read(groups)
+            channel.parcels.done(parcel)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
         """Every member's tensor, in rank order."""

@@ -59,6 +59,13 @@ CASES: dict[str, Case] = {
     "conv 1x1": Case(F.conv2d, (IMAGE, (9, 6, 1, 1))),
     "conv of one dimension": Case(lambda x, w: F.conv1d(x, w, padding=1), ((2, 4, 30), (5, 4, 3))),
     "conv over many pixels": Case(lambda x, w: F.conv2d(x, w, padding=1), ((5, 2, 41, 40), (3, 2, 3, 3))),
+    "conv of many channels": Case(lambda x, w, b: F.conv2d(x, w, b, padding=1), ((2, 88, 9, 7), (80, 88, 3, 3), (80,))),
+    "conv of many channels, unevenly padded": Case(
+        lambda x, w: F.conv2d(x, w, padding=(2, 0)), ((2, 80, 5, 8), (81, 80, 3, 3))
+    ),
+    "conv transposed of many channels": Case(
+        lambda x, w: F.conv_transpose2d(x, w, padding=1), ((2, 80, 6, 5), (80, 96, 3, 3))
+    ),
     "conv transposed": Case(
         lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1),
         (IMAGE, (6, 4, 3, 3), (4,)),
@@ -189,7 +196,7 @@ def difference(x: Tensor, y: Tensor) -> str:
         return f"{int((x != y).sum())} of {x.numel()} elements"
     size = 8 * x.element_size()
     first, second = (t.contiguous().view(-1).view({32: torch.int32, 16: torch.int16}[size]).long() for t in (x, y))
-    places = ((first != second) & ~(x.isnan() & y.isnan()).view(-1)).nonzero().flatten()
+    places = ((first != second) & ~(x.isnan() & y.isnan()).reshape(-1)).nonzero().flatten()
     # Units in the last place between two numbers: the distance of their positions in ascending order.
     order = [torch.where(t < 0, -(t & (2 ** (size - 1) - 1)), t) for t in (first, second)]
     ulps = (order[0] - order[1]).abs()[places]

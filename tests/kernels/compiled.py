@@ -10,24 +10,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_easyscale.kernels import cuda_attention_kernels as attention
+from lightning_easyscale.kernels import cuda_channel_kernels as channels
 from lightning_easyscale.kernels import cuda_convolution_kernels as convolutions
 from lightning_easyscale.kernels import cuda_fused_kernels as fused
 from lightning_easyscale.kernels import cuda_kernels as primitives
+from lightning_easyscale.kernels import cuda_pooling_kernels as pooling
+from lightning_easyscale.kernels import cuda_winograd_kernels as winograd
 
-MODULES = (primitives, convolutions, fused)
+MODULES = (primitives, convolutions, winograd, fused, channels, pooling, attention)
 TILES = {"BM": 64, "BN": 64, "BK": 32}
 GATHERED = {"KW": 3, "WHOLE": False, "FLAT": False, "ALIGNED": 1, "DEEP": 1, **TILES}
 ROWS = {"WEIGHT": True, "U": 1}
 STRIDES = {"STRIDE_H": 2, "STRIDE_W": 1}
+LONG, SHORT = {"CHUNKS": 0, "ALIGNED": 1}, {"CHUNKS": 3, "ALIGNED": 16}  # rows of attention
 POINTERS = {"a", "b", "out", "partial", "x", "w", "dy", "y", "weight", "bias", "means", "inverses", "products", "found"}
-POINTERS |= {"base", "running_mean", "running_var", "source"}
+POINTERS |= {"base", "running_mean", "running_var", "source", "sums", "scores", "dw", "gradients"}
+BLOCKS = [{"B": 1, "LOG_B": 0}, {"B": 32, "LOG_B": 5}]
 THREADS = 128
 NUMBERS = {"number", "keep", "eps", "momentum", "rest", "unbias"}
 
 # (kernel, its constants, whether its format has fused multiply-adds)
 KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (primitives.matmul, {"BASE": True, "SPAN": 4096, "COLS": 1, "DEEP": 1, **TILES}, True),
-    *((primitives.fold, {"CONTINUE": go_on, "W": 256}, False) for go_on in (True, False)),
+    *((primitives.fold, {"CONTINUE": each == 1, "EACH": each, "W": 256}, False) for each in (1, 16)),
     (primitives.sum_middle, {"U": 1, "W": 4}, False),
     *((primitives.unary, {"WHICH": which, "W": 256}, which != 6) for which in range(7)),
     *((primitives.quotient, {"REVERSED": reverse, "W": 256}, False) for reverse in (True, False)),
@@ -40,6 +46,9 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (convolutions.depthwise_forward, {"W": 128}, True),
     (convolutions.depthwise_input_gradient, {**STRIDES, "W": 128}, False),  # a product per tap
     (convolutions.depthwise_weight_gradient, {"T": 16, "S": 2, "W": 32}, True),
+    *((kernel, {"BS": 64, "BC": 2}, False) for kernel in (winograd.input_squares, winograd.output_squares)),
+    (winograd.gradient_squares, {"BS": 64, "BC": 2}, False),
+    *((kernel, {"BS": 128}, False) for kernel in (winograd.weight_squares, winograd.weight_gradient)),
     *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
     *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
     (fused.layer_norm, {"BIAS": True, **ROWS}, False),
@@ -49,10 +58,20 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (fused.channel_gradients, {"U": 1}, False),
     (fused.normalize_channels, {"WEIGHT": True, "BIAS": True, "W": 256}, False),
     (fused.normalize_channels_backward, {"WEIGHT": True, "W": 256}, False),
+    *((channels.batch_norm, {"WEIGHT": True, "BIAS": True, "RUNNING": True, **blocks}, False) for blocks in BLOCKS),
+    *((channels.batch_norm_backward, {"WEIGHT": True, **blocks}, False) for blocks in BLOCKS),
+    (pooling.max_pool_backward, {**STRIDES, "W": 256}, False),
+    (pooling.avg_pool, {"PADDED": True, "W": 256}, False),
+    (pooling.avg_pool_backward, {**STRIDES, "PADDED": False, "W": 256}, False),
     *((fused.activation, {"WHICH": which, "W": 256}, True) for which in range(4)),
     (fused.dropout, {"W": 256}, False),
     (fused.dropout_backward, {"W": 256}, False),
     *((fused.activation_backward, {"WHICH": which, "W": 256}, which != 3) for which in range(4)),
+    *(
+        (kernel, {"BIAS": dropout < 2, "CAUSAL": dropout > 0, **rest, "DROPOUT": dropout, "U": 1}, True)
+        for kernel in (attention.attention_weights, attention.attention_weights_backward)
+        for dropout, rest in ((0, LONG), (1, LONG), (1, SHORT), (2, SHORT))
+    ),
 ]
 
 

@@ -122,10 +122,64 @@ def test_normalizations_and_softmax_of_lengths_and_alignments():
     agree(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), scaled)
     agree(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, None, 1), scaled)
     images = [(2, 16, 4, 4), (3, 5, 1, 1), (1, 17, 3, 5), (16, 16, 16, 16), (2, 1, 70, 70)]
+    images += [(32, 3, 64, 64), (33, 2, 64, 64), (130, 5, 7, 7), (25, 2, 64, 63)]  # 32 blocks to a channel, and 33
     agree(
         lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
         [(random(*shape, seed=1), random(shape[1], seed=2), random(shape[1], seed=3)) for shape in images],
     )
+
+
+def test_gradients_of_batch_normalization_of_blocks_and_alignments():
+    calls = []
+    for shape in [(2, 16, 4, 4), (3, 5, 1, 1), (2, 1, 70, 70), (32, 3, 64, 64), (33, 2, 64, 64), (25, 2, 64, 63)]:
+        c = shape[1]
+        moments = random(c, seed=1), random(c, seed=2).abs() + 0.1
+        calls.append((random(*shape, seed=3), random(*shape, seed=4), random(c, seed=5), *moments))
+
+    def gradients(dy: Tensor, x: Tensor, w: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        given = (dy, x, w, None, None, mean, inverse, True, 1e-5, [True] * 3)
+        return torch.ops.aten.native_batch_norm_backward(*given)
+
+    agree(gradients, calls)
+    agree(lambda dy, x, w, mean, inverse: gradients(dy, x, None, mean, inverse), calls)
+
+
+def test_running_moments_of_batch_normalization():
+    def moments(x: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, ...]:
+        mean, variance = mean.clone(), variance.clone()
+        F.batch_norm(x, mean, variance, training=True)
+        return mean, variance
+
+    agree(
+        moments,
+        [
+            (random(*shape, seed=1), random(shape[1], seed=2).to(t), random(shape[1], seed=3).to(t))
+            for shape in [(2, 16, 4, 4), (32, 3, 64, 64), (33, 2, 64, 64)]
+            for t in (torch.float32, torch.bfloat16)
+        ],
+    )
+
+
+def test_pooling_of_shapes_windows_types_and_alignments():
+    for kernel, stride, padding, ceil in [((3, 3), 2, 1, False), ((2, 2), 2, 0, True), ((5, 2), (3, 1), (2, 1), True)]:
+
+        def maxima(x: Tensor, kernel=kernel, stride=stride, padding=padding, ceil=ceil) -> tuple[Tensor, ...]:
+            x = x.detach().requires_grad_()
+            y = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
+            return torch.autograd.grad(y, x, y * y)
+
+        def means(x: Tensor, kernel=kernel, stride=stride, padding=padding, ceil=ceil) -> tuple[Tensor, ...]:
+            made = []
+            for counted, divisor in ((True, None), (False, None), (True, 7)):
+                leaf = x.detach().requires_grad_()
+                y = F.avg_pool2d(leaf, kernel, stride, padding, ceil, counted, divisor)
+                made += [y.detach(), *torch.autograd.grad(y, leaf, y * y)]
+            return tuple(made)
+
+        xs = [(random(*shape, seed=1).to(t),) for shape in ((2, 3, 13, 11), (1, 16, 16, 16)) for t in TYPES]
+        xs += [(random(2, 5, 9, 12).to(memory_format=torch.channels_last),), (random(3, 9, 16),)]
+        agree(maxima, xs)
+        agree(means, xs)
 
 
 def test_convolutions_of_shapes_layouts_and_alignments():

@@ -14,10 +14,14 @@ triton = pytest.importorskip("triton")
 backends = pytest.importorskip("triton.backends.compiler")
 cuda = pytest.importorskip("lightning_easyscale.kernels.cuda")
 fused = pytest.importorskip("lightning_easyscale.kernels.cuda_fused")
+pooling = pytest.importorskip("lightning_easyscale.kernels.cuda_pooling")
+attention = pytest.importorskip("lightning_easyscale.kernels.cuda_attention")
 convolutions = pytest.importorskip("lightning_easyscale.kernels.cuda_convolution")
+winograd = pytest.importorskip("lightning_easyscale.kernels.cuda_winograd")
 launching = pytest.importorskip("lightning_easyscale.kernels.launch")
 
 from lightning_easyscale.kernels import plans  # noqa: E402
+from lightning_easyscale.kernels.attention import Rows  # noqa: E402
 from lightning_easyscale.kernels.convolution import Geometry  # noqa: E402
 
 
@@ -68,7 +72,8 @@ def driver(monkeypatch, tmp_path):
     plans.forget_plans()
     yield made
     plans.forget_plans()
-    for module in (cuda.kernels, fused.kernels, convolutions.kernels):
+    modules = (cuda, fused, convolutions, winograd, pooling, attention)
+    for module in (fused.channel_kernels, *(module.kernels for module in modules)):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 for compiled in kernel.device_caches.pop(-1, ({},))[0].values():
@@ -127,7 +132,7 @@ def test_the_present_triton_is_started_directly():
 @pytest.mark.parametrize("size", [1, 15, 16, 1000])
 def test_pointers_that_alternate_between_alignments(checked, size):
     for (i, j), _ in itertools.product(itertools.product((0, 1, 4), repeat=2), range(2)):
-        cuda.fold(at(i, 1, 2, size), at(j, 1, size))
+        cuda.fold(at(i, 1, 2, size), 1, at(j, 1, size))
         fused.softmax_backward(at(i, 3, size), at(j, 3, size), log=False)
         cuda.quotient(at(i, size), 0.5 + i)
         fused.dropout(at(i, size), i << 31, 0.9)
@@ -157,6 +162,49 @@ def test_convolutions_that_alternate(checked):
         convolutions.input_gradient(dy, w, g)
         convolutions.weight_gradient(x, dy, g)
     assert checked[0] >= 80
+
+
+def test_normalizations_and_pooling_that_alternate(checked):
+    shapes = [(2, 3, 8, 8), (2, 16, 4, 4), (16, 1, 1, 1), (20, 2, 16, 16), (9, 2, 128, 128)]
+    for shape, offset in itertools.product(shapes * 2, (0, 1)):
+        x, dy, w = at(offset, *shape), at(0, *shape), at(offset, shape[1])
+        for running in ((at(0, shape[1]), at(offset, shape[1])), None):
+            _, mean, inverse = fused.batch_norm(x, w, None, running, 0.1, 1e-5)
+            fused.batch_norm_backward(dy, x, w, mean, inverse)
+        for windows in (((1, 1), (1, 1), (0, 0)), ((3, 3), (2, 2), (1, 1))):
+            size = tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[2:], *windows, strict=True))
+            index = torch.zeros(*shape[:2], *size, dtype=torch.int64)
+            g = at(offset, *shape[:2], *size)
+            pooling.max_pool_backward(g, index, shape, *windows, (1, 1))
+            pooling.avg_pool(x, size, *windows, 0, padded=True)
+            pooling.avg_pool_backward(g, shape, *windows, 1, padded=False)
+    assert checked[0] == 20 * 6 + 16 * 4 + 4 * 2 * 8
+
+
+def test_squares_that_alternate(checked):
+    for (c, size), offset in itertools.product([(16, 8), (5, 7), (1, 1), (32, 16)] * 2, (0, 1)):
+        x, out = at(offset, 2, c, size, size), (size, size)
+        squares = 2 * ((size + 1) // 2) ** 2
+        for start, last in itertools.product((0, squares // 2), (False, True)):
+            winograd.input_squares(x, (1, 1), out, start, squares, last=last)
+            winograd.input_squares(x.permute(0, 2, 3, 1), (1, 0), out, start, squares, last=last)
+            winograd.gradient_squares(x, start, squares)
+        winograd.output_squares(at(offset, 16, c, squares), at(0, 2, c, size, size), 0)
+        for turned in (False, True):
+            winograd.weight_squares(at(offset, c, 8, 3, 3), turned=turned)
+        winograd.weight_gradient(at(offset, 16, c, 8))
+    assert checked[0] == 16 * 16
+
+
+def test_attention_that_alternates(checked):
+    """Lengths, alignments, types, masks and pieces, all of which may choose the code."""
+    types = (None, torch.float32, torch.bfloat16)
+    for keys, dtype, offset, (unit, query) in itertools.product((16, 17), types, (0, 1), ((0, 0), (1, 0), (1, 16))):
+        mask = None if dtype is None else at(offset, 2, 1, 32, keys, dtype=dtype).expand(2, 2, 32, keys)
+        rows = Rows(slice(unit, unit + 1), slice(query, query + 16), 32, 2, mask, dtype is None, 0.1, 1 << 40)
+        attention.weights(at(offset, 1, 16, keys), rows)
+        attention.weights_backward(at(offset, 1, 16, keys), at(0, 1, 16, keys), rows)
+    assert checked[0] == 2 * 3 * 2 * 3 * 2
 
 
 def test_types_that_alternate(checked):

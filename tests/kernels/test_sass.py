@@ -145,11 +145,13 @@ def test_a_product_fused_with_a_sum_is_found(tmp_path):
 
 
 SMALL = ["linear", "matmul over 20000", "conv strided", "conv depthwise", "softmax", "log_softmax", "layer_norm"]
-SMALL += ["batch_norm", "gelu", "gelu by tanh", "silu", "sigmoid", "embedding", "sum of 20000", "tanh", "sqrt"]
+SMALL += ["attention", "batch_norm", "gelu", "gelu by tanh", "silu", "sigmoid", "embedding", "sum of 20000"]
+SMALL += ["tanh", "sqrt", "max_pool", "avg_pool"]
 LARGE = [
     Case(F.linear, ((2048, 512), (1024, 512), (1024,))),
     Case(lambda x, w: F.conv2d(x, w, padding=1), ((16, 128, 56, 56), (128, 128, 3, 3))),
     Case(F.conv2d, ((16, 128, 56, 56), (256, 128, 1, 1))),
+    Case(CASES["batch_norm"].function, ((4, 3, 200, 200), (3,), (3,))),
 ]
 
 

@@ -215,6 +215,12 @@ def test_figure_shows_exact_differences(records, tmp_path):
     assert file.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.filterwarnings("error")
+def test_figure_of_levels_of_one_reference(records, tmp_path):
+    conf = configure("schedule=smoke")
+    _figure.draw(tmp_path / "fig9.png", stages=check(conf)[:2], levels=["d1+d2"], records=records, title="x")
+
+
 def test_plan_hands_each_stage_to_the_next(tmp_path):
     conf = configure("determinism=d1_d2")
     runs = plan(conf, check(conf), tmp_path, tmp_path)
