@@ -68,8 +68,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels.
         elastic_dir: folder of an elastic run; default: the variable ``EASYSCALE_ELASTIC_DIR``. A stop signal saves into
             its ``checkpoints/``; `fit` starts from the newest good checkpoint there, whatever `ckpt_path` says.
-        snapshot_every_n_steps: for crashes, a snapshot is committed there after every so many optimizer steps;
-            ``"auto"``: as often as `snapshot_budget`, a share of training time, allows (`elastic.cadence`).
+        snapshot_every_n_steps: optimizer steps between snapshots there, or ``"auto"``: as often as the budget allows.
         snapshot_replicas: where hosts have folders of their own, how many other hosts get each checkpoint.
 
     Raises:
