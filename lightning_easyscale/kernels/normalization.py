@@ -121,7 +121,7 @@ def batch_norm(
         unbiased = variance.flatten() * (count / max(1, count - 1))
         for running, new in ((running_mean, saved[0]), (running_var, unbiased)):
             if running is not None:
-                running.copy_(running * (1 - momentum) + new * momentum)
+                running.copy_(running.float() * (1 - momentum) + new * momentum)
     else:
         assert running_mean is not None
         assert running_var is not None

@@ -5,40 +5,48 @@ Run as a program with ``TRITON_INTERPRET=1``, as Triton decides at its import. I
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.runtime import interpreter
 
-# NumPy 2 makes a number of an array of one element no more.
-_SOURCE = inspect.getsource(interpreter).replace("int(self.handle.data)", "int(self.handle.data.item())")
-exec(compile(_SOURCE, interpreter.__file__, "exec"), vars(interpreter))
-
-from lightning_easyscale.kernels import (  # noqa: E402
+from lightning_easyscale.kernels import (
+    attention,
     cuda,
+    cuda_attention,
     cuda_convolution,
     cuda_fused,
     cuda_pooling,
-    launch,
+    cuda_winograd,
     normalization,
+    plans,
     pooling,
 )
-from lightning_easyscale.kernels.convolution import Geometry, _weight_gradient  # noqa: E402
+from lightning_easyscale.kernels.convolution import Geometry, _weight_gradient
 
-from .cases import differences  # noqa: E402
+from . import winograd_reference
+from .attention import Attention
+from .cases import differences
+from .interpreted import interpreted, launched
 
-launched: set[str] = set()
+Compared = Iterator[tuple[str, list[Tensor], list[Tensor]]]
 
-
-def _launch(self: launch.Launch, *tensors: Tensor, free: tuple[Any, ...] = ()) -> None:
-    launched.add(self._kernel.fn.__name__)
-    self._kernel[self._grid](*tensors, *free, *self._fixed)
+ATTENTION = [
+    Attention((1, 1, 1, 1, 4, 4)),
+    Attention((2, 2, 3, 5, 4, 4), causal=True, dropout=0.3),
+    Attention((2, 2, 3, 8, 4, 4), "bool", (2, 1, 3, 8), dropout=0.3),
+    Attention((2, 2, 3, 8, 4, 4), "trained", (1, 2, 3, 8), dropout=0.3, dtype=torch.bfloat16),
+    Attention((1, 2, 3, 16, 4, 4), "float", (2, 3, 1), dropout=1.0),
+    Attention((1, 2, 3, 129, 4, 4), "float", (1, 1, 3, 129), dropout=0.1, special=True),
+    Attention((1, 2, 3, 256, 4, 4), "float", (1, 2, 3, 256), dropout=0.1, special=True),
+    Attention((1, 1, 3, 130, 4, 4), causal=True, special=True),
+    Attention((1, 1, 1, 1030, 4, 4), "bool", (1, 1, 1, 1030), dropout=0.1),
+    Attention((1, 1, 1, 4100, 4, 4), "float", (1, 4100), dropout=0.1),
+]
 
 
 def wide(*shape: int, seed: int) -> Tensor:
@@ -48,7 +56,7 @@ def wide(*shape: int, seed: int) -> Tensor:
     return torch.where(torch.rand(shape, generator=g) < 0.1, x * 0, x)
 
 
-def batch_norms() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+def batch_norms() -> Compared:
     """Channels of one block and of several, with lengths of rows below and above the lanes of a block."""
     shapes = [(3, 6, 13, 11), (2, 5, 1, 1), (40, 2, 13, 13), (20, 1, 30, 31), (5, 2, 128, 1), (130, 3)]
     for shape, (scaled, shifted, running) in itertools.product(shapes, ((1, 1, 1), (0, 0, 0), (1, 0, 1))):
@@ -64,7 +72,7 @@ def batch_norms() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
         yield f"batch_norm_backward {shape}", found, list(expected)
 
 
-def folds() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+def folds() -> Compared:
     """Spans of whole blocks and of broken ones, in one launch and in two."""
     for (batch, spans, count), each, go_on in itertools.product(
         ((1, 1, 5), (2, 16, 130), (3, 17, 1), (1, 40, 3), (2, 16 * 32 + 5, 7)), (1, 16), (True, False)
@@ -82,7 +90,7 @@ def folds() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
         yield f"fold {tuple(x.shape)} {each} {go_on}", [found], [expected]
 
 
-def pools() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
+def pools() -> Compared:
     """Windows that overlap, that leave elements out, that are dilated, and that stick out."""
     cases = [((3, 3), (2, 2), (1, 1), 1, False), ((2, 2), (2, 2), (0, 0), 1, True), ((3, 2), (1, 2), (1, 0), 2, False)]
     cases += [((2, 3), (3, 4), (1, 1), 1, True), ((5, 4), (3, 1), (2, 2), 1, True)]
@@ -104,26 +112,48 @@ def pools() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
             yield f"avg_pool_backward {shape} {options}", [found], [pooling.avg_pool2d_backward(dy, x, *options)]
 
 
-def depthwise() -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
-    """Weight gradients of whole numbers, which are exact: the interpreter rounds a fused multiply-add twice."""
+def depthwise() -> Compared:
+    """Weight gradients of one segment and of several."""
     for n, c, size in ((1, 3, 5), (1, 34, 9), (2, 2, 25)):
-        x, dy = (wide(n, c, size, size, seed=seed).sign() for seed in (1, 2))
+        x, dy = (wide(n, c, size, size, seed=seed) for seed in (1, 2))
         g = Geometry(x.shape, (c, 1, 3, 3), [1], [1], [1], c)
         found, expected = cuda_convolution.weight_gradient(x, dy, g), _weight_gradient(x, dy, g)
         yield f"depthwise {n} {c} {size}", [found], [expected]
 
 
-KINDS: dict[str, Callable[[], Iterator[tuple[str, list[Tensor], list[Tensor]]]]] = {
-    kind.__name__: kind for kind in (batch_norms, folds, pools, depthwise)
+def squares() -> Compared:
+    """Winograd's transforms."""
+    for case in winograd_reference.CASES:
+        for name, found, expected in winograd_reference.compared(cuda_winograd, *case):
+            yield f"{name} {case}", [found], [expected]
+
+
+def attentions() -> Compared:
+    """Rows in registers and in loops, one and two in a program, scores in small pieces."""
+    for call in ATTENTION:
+        expected = call.run()
+        for registers, many, piece in ((8, 4096, 1 << 24), (0, 4096, 1 << 24), (8, 1, 1 << 24), (0, 1, 1)):
+            plans.forget_plans()
+            with (
+                mock.patch.object(attention, "_fused", return_value=cuda_attention),
+                mock.patch.object(attention, "_PIECE", piece),
+                mock.patch.object(cuda_attention, "_IN_REGISTERS", registers),
+                mock.patch.object(cuda_attention, "_MANY", many),
+            ):
+                yield f"{call.title} {registers} {many} {piece}", call.run(whole=True), expected
+
+
+KINDS: dict[str, Callable[[], Compared]] = {
+    kind.__name__: kind for kind in (batch_norms, folds, pools, depthwise, squares, attentions)
 }
 
 
 def main(kind: str) -> None:
     """Print what kernels computed otherwise, and the names of those that ran."""
-    launch.Launch.__call__ = _launch  # type: ignore[method-assign]
-    for name, found, expected in KINDS[kind]():
-        if differences(found, expected):
-            print("differs:", name, differences(found, expected))
+    with interpreted():
+        for name, found, expected in KINDS[kind]():
+            if differences(found, expected):
+                print("differs:", name, differences(found, expected))
     print("launched:", *sorted(launched))
 
 

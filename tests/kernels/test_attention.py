@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,19 +126,3 @@ def test_composed_attention_is_of_fp32_whatever_was_allowed():
         assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     finally:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
-
-
-@pytest.mark.timeout(600)
-def test_the_kernels_have_the_bits_of_what_is_composed():
-    """In Triton's interpreter, in registers and in long loops, one and two rows to a program."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.count("equal") >= 30

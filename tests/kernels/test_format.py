@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_easyscale.emulation import host_cpu
-from lightning_easyscale.kernels import build, cpu, primitives
+from lightning_easyscale.kernels import build, cpu, portable, primitives
 
 from .cases import CASES, differences, operands, run, same_bits
 from .training import convolutional, losses_and_parameters, transformer
@@ -127,3 +127,13 @@ def test_denormals_survive_although_the_caller_flushes_them():
         torch.set_flush_denormal(False)
     assert same_bits(made, expected)
     assert float(expected) > 0
+
+
+def test_running_moments_of_sixteen_bits_are_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    x, kept = torch.randn(2, 16, 4, 4, generator=generator), torch.rand(16, generator=generator).bfloat16()
+    narrow, wide = ([kept.to(dtype, copy=True) for _ in range(2)] for dtype in (torch.bfloat16, torch.float32))
+    with portable():
+        for moments in (narrow, wide):
+            torch.nn.functional.batch_norm(x, *moments, training=True)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(narrow, wide, strict=True))

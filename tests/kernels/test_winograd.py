@@ -1,10 +1,6 @@
-"""Winograd's transforms: exact where numbers allow it, split in any way, and the same as Triton kernels."""
+"""Convolutions by Winograd's algorithm: exact where numbers allow it, split in any way; their transforms' bits."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from lightning_easyscale.kernels import build, cpu_winograd, portable, winograd
 from lightning_easyscale.kernels.convolution import Geometry
 
 from . import winograd_reference
+from .cases import differences
 
 GEOMETRIES = [
     (2, 96, 88, 9, 7, (1, 1)),
@@ -96,31 +93,8 @@ def test_the_cpus_transforms_have_the_bits_of_torchs_operations(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        winograd_reference.compare(cpu_winograd)
+        for case in winograd_reference.CASES:
+            for name, found, expected in winograd_reference.compared(cpu_winograd, *case):
+                assert differences([found], [expected]) == [], name
     finally:
         torch.set_num_threads(before)
-
-
-_INTERPRETED = """
-from lightning_easyscale.kernels import launch
-
-class Launch:
-    def __init__(self, kernel, grid, numbers, constants, warps, stages):
-        self.kernel, self.grid, self.rest = kernel, (*grid, *(1,) * (3 - len(grid))), (*numbers, *constants)
-    def __call__(self, *tensors):
-        self.kernel[self.grid](*tensors, *self.rest)
-
-launch.Launch = Launch
-from lightning_easyscale.kernels import cuda_winograd
-from tests.kernels import winograd_reference
-
-winograd_reference.compare(cuda_winograd)
-"""
-
-
-def test_tritons_kernels_have_the_bits_of_torchs_operations():
-    """In Triton's interpreter, so without a GPU."""
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

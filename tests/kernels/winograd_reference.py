@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .cases import same_bits
-
+CASES = [(2, 33, 5, (9, 7), (1, 1)), (3, 3, 5, (6, 5), (0, 2)), (1, 2, 3, (40, 36), (2, 1))]
+"""Images, channels in and out, rows and columns, padding."""
 ODD = (float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-42)
 
 
@@ -117,25 +117,14 @@ def _collected(s: list[Tensor]) -> list[Tensor]:
     return [s[0] + middle, (s[1] - s[2]) * 0.5, middle + s[3]]
 
 
-def compare(other: ModuleType) -> None:
-    """Find the bits of all transforms in another implementation."""
-    for n, c, oc, height, width, padding in (
-        (2, 33, 5, 9, 7, (1, 1)),
-        (3, 3, 5, 6, 5, (0, 2)),
-        (1, 2, 3, 40, 36, (2, 1)),
-    ):
-        _compare(other, n, c, oc, (height, width), padding)
-
-
-def _compare(other: ModuleType, n: int, c: int, oc: int, size: tuple[int, int], padding: tuple[int, int]) -> None:
+def compared(
+    other: ModuleType, n: int, c: int, oc: int, size: tuple[int, int], padding: tuple[int, int]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name and results of each transform, of another implementation and of this one."""
     generator = torch.Generator().manual_seed(n)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
-
-    def check(mine: Tensor, expected: Tensor) -> None:
-        assert mine.shape == expected.shape
-        assert same_bits(mine.contiguous(), expected.contiguous())
 
     out = (size[0] + 2 * padding[0] - 2, size[1] + 2 * padding[1] - 2)
     squares = squares_of((n, oc, *out))
@@ -144,20 +133,20 @@ def _compare(other: ModuleType, n: int, c: int, oc: int, size: tuple[int, int], 
         values[torch.randint(0, len(values), (12,), generator=generator)] = torch.tensor(ODD).repeat(2)
     for start, end in ((0, squares), (squares // 3, squares - 1), (squares - 1, squares)):
         for form in (torch.contiguous_format, torch.channels_last):
-            images, gradients = x.to(memory_format=form), dy.to(memory_format=form)
+            images, dys = x.to(memory_format=form), dy.to(memory_format=form)
             for last in (False, True):
-                expected = input_squares(images, padding, out, start, end, last=last)
-                check(other.input_squares(images, padding, out, start, end, last=last), expected)
-            check(other.gradient_squares(gradients, start, end), gradient_squares(gradients, start, end))
+                given = (images, padding, out, start, end)
+                yield "input", other.input_squares(*given, last=last), input_squares(*given, last=last)
+            yield "gradient", other.gradient_squares(dys, start, end), gradient_squares(dys, start, end)
     mine, expected = torch.zeros(n, oc, *out), torch.zeros(n, oc, *out)
     products = random(16, oc, squares)
     for start, end in ((0, squares // 2), (squares // 2, squares)):
         part = products[:, :, start:end].contiguous()
         other.output_squares(part, mine, start)
         output_squares(part, expected, start)
-    check(mine, expected)
+    yield "output", mine, expected
     for w in (random(oc, c, 3, 3), random(c, oc, 3, 3).transpose(0, 1)):
         for turned in (False, True):
-            check(other.weight_squares(w, turned=turned), weight_squares(w, turned=turned))
+            yield "weight", other.weight_squares(w, turned=turned), weight_squares(w, turned=turned)
     sums = random(16, oc, c)
-    check(other.weight_gradient(sums), weight_gradient(sums))
+    yield "weight's gradient", other.weight_gradient(sums), weight_gradient(sums)
