@@ -4,9 +4,6 @@ A program computes a channel: where its sums have at most `MOST` blocks, it keep
 what the kernels of `cuda_fused_kernels.py` hand each other through memory, five launches forward and three backward,
 stays in registers, and an operand is read again from the cache. They round where those kernels round, and launches
 have the rules of `cuda_kernels.py`.
-
-A product that is added is chosen by the mask first. A thread has several elements here, and for compute capability 10.0
-NVIDIA's assembler fuses products and sums of pairs (``mul.rn.f32x2``, ``add.rn.f32x2``) although told not to.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cuda_fused_kernels import _inverse_deviation, _quotient, _tree
+from .cuda_fused_kernels import _apart, _inverse_deviation, _quotient, _tree
 from .cuda_kernels import LANES, SUM_BLOCK
 
 MOST = 32
@@ -74,7 +71,7 @@ def batch_norm(
     lanes = tl.zeros([B, LANES], tl.float32)
     for row in range(0, longest, LANES):
         away = tl.load(x + at, mask=row < left, other=0.0) - mean
-        lanes += tl.where(row < left, away * away, 0.0)
+        lanes += _apart(away * away, row < left)
         at, pixel = _next(at, pixel, channels, inner)
     variance = _quotient(_sum_of_lanes(lanes, B, LOG_B), count)
     inverse = _inverse_deviation(variance, eps)
@@ -88,7 +85,7 @@ def batch_norm(
     for row in range(0, longest, LANES):
         y = (tl.load(x + at, mask=row < left, other=0.0) - mean) * inverse
         if WEIGHT:
-            y = tl.where(row < left, y * tl.load(weight + c), 0.0)
+            y = _apart(y * tl.load(weight + c), row < left)
         if BIAS:
             y = y + tl.load(bias + c)
         tl.store(out + at, y, mask=row < left)
@@ -117,11 +114,11 @@ def batch_norm_backward(
         g = tl.load(dy + at, mask=there, other=0.0)
         normal = (tl.load(x + at, mask=there, other=0.0) - mean) * inverse
         sums += g
-        product_sums += tl.where(there, g * normal, 0.0)
+        product_sums += _apart(g * normal, there)
         if WEIGHT:
-            g = tl.where(there, g * scale, 0.0)
+            g = _apart(g * scale, there)
             scaled_sums += g
-            scaled_product_sums += tl.where(there, g * normal, 0.0)
+            scaled_product_sums += _apart(g * normal, there)
         at, pixel = _next(at, pixel, channels, inner)
     first = _sum_of_lanes(sums, B, LOG_B)
     second = _sum_of_lanes(product_sums, B, LOG_B)

@@ -168,6 +168,16 @@ def layer_norm_backward(
         tl.store(out + base + at, ((g - mean_g) - normal * mean_product) * inverse, mask=there)
 
 
+@triton.jit
+def _apart(product, there):
+    """A product that is added, chosen by a mask first.
+
+    Otherwise NVIDIA's assembler for compute capability 10.0 fuses pairs of products and sums (``mul.rn.f32x2``,
+    ``add.rn.f32x2``) although told not to.
+    """
+    return tl.where(there, product, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows", "inner", "blocks", "units"])
 def channel_sums(
     x, dy, means, inverses, weight, out, channels, inner, rows, blocks, units,
@@ -210,11 +220,11 @@ def channel_sums(
             g = tl.load(dy + at, mask=there, other=0.0)
             normal = tl.where(there, (v - mean) * inverse, 0.0)
             gradients += g
-            products += g * normal
+            products += _apart(g * normal, there)
             if WEIGHT:
-                g = g * scale
+                g = _apart(g * scale, there)
                 lanes += g
-                scaled_products += g * normal
+                scaled_products += _apart(g * normal, there)
     if KIND < 2:
         tl.store(out + unit, _tree(lanes, U), mask=known)
     else:
@@ -318,39 +328,42 @@ def _sigmoid(x):
 def activation(x, out, n, WHICH: tl.constexpr, W: tl.constexpr):
     """W elements of gelu, gelu by tanh, silu or sigmoid."""
     at = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    v = tl.load(x + at, mask=at < n, other=0.0)
+    there = at < n
+    v = tl.load(x + at, mask=there, other=0.0)
     if WHICH == 0:
         y = (v * 0.5) * (1.0 + functions.erf(v * _ROOT_HALF))
     elif WHICH == 1:
-        y = (v * 0.5) * (1.0 + functions.tanh((v + v * v * v * _CUBIC) * _ROOT_TWO_OVER_PI))
+        y = (v * 0.5) * (1.0 + functions.tanh((v + _apart(v * v * v * _CUBIC, there)) * _ROOT_TWO_OVER_PI))
     elif WHICH == 2:
         y = v * _sigmoid(v)
     else:
         y = _sigmoid(v)
-    tl.store(out + at, y, mask=at < n)
+    tl.store(out + at, y, mask=there)
 
 
 @triton.jit(do_not_specialize=["n"])
 def activation_backward(dy, x, out, n, WHICH: tl.constexpr, W: tl.constexpr):
     """W gradients of `activation`, whose result, not its operand, is given for sigmoid."""
     at = tl.program_id(0).to(tl.int64) * W + tl.arange(0, W)
-    v = tl.load(x + at, mask=at < n, other=0.0)
-    g = tl.load(dy + at, mask=at < n, other=0.0)
+    there = at < n
+    v = tl.load(x + at, mask=there, other=0.0)
+    g = tl.load(dy + at, mask=there, other=0.0)
     square = v * v
     if WHICH == 0:
         normal = 0.5 * (1.0 + functions.erf(v * _ROOT_HALF))
         density = functions.exp(square * -0.5) * _HALF_ROOT
-        made = g * (normal + v * density)
+        made = g * (normal + _apart(v * density, there))
     elif WHICH == 1:
-        t = functions.tanh((v + square * v * _CUBIC) * _ROOT_TWO_OVER_PI)
-        slope = (1.0 + square * _CUBIC_SLOPE) * _ROOT_TWO_OVER_PI
-        made = g * (0.5 * (1.0 + t) + (v * 0.5) * ((1.0 - t * t) * slope))
+        t = functions.tanh((v + _apart(square * v * _CUBIC, there)) * _ROOT_TWO_OVER_PI)
+        slope = (1.0 + _apart(square * _CUBIC_SLOPE, there)) * _ROOT_TWO_OVER_PI
+        steep = (v * 0.5) * ((1.0 - _apart(t * t, there)) * slope)
+        made = g * (_apart(0.5 * (1.0 + t), there) + _apart(steep, there))
     elif WHICH == 2:
         s = _sigmoid(v)
-        made = (g * s) * (1.0 + v * (1.0 - s))
+        made = (g * s) * (1.0 + _apart(v * (1.0 - s), there))
     else:
         made = (g * (1.0 - v)) * v
-    tl.store(out + at, made, mask=at < n)
+    tl.store(out + at, made, mask=there)
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "n"])

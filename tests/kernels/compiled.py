@@ -114,3 +114,15 @@ def fused_in_source(made: Any) -> int:
     alone = sum(max(1, math.prod(int(d) for d in shape.split("x") if d) // THREADS) for shape in shapes)
     products = re.findall(r"= tt\.dot .*: tensor<(\d+)x(\d+)xf32> \* tensor<\d+x(\d+)xf32>", ir)
     return alone + sum(int(m) * int(k) * int(n) // THREADS for m, k, n in products)
+
+
+def as_wide_as_launched() -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels with several elements to a thread."""
+    larger = {"W": 1024, "U": 4, "BS": 512, "BC": 4}
+    alone = (primitives.sum_middle, primitives.index_add)  # whose W is no number of elements
+    alone += (convolutions.depthwise_input_gradient, convolutions.depthwise_weight_gradient)
+    return [
+        (kernel, {name: larger.get(name, value) for name, value in constants.items()})
+        for kernel, constants, _ in KERNELS
+        if kernel not in alone and larger.keys() & constants.keys()
+    ]

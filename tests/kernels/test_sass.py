@@ -42,6 +42,16 @@ def test_every_rounding_is_the_formats(kernel, constants, fuses, capability, tmp
         assert there == asked
 
 
+@pytest.mark.parametrize(
+    ("kernel", "constants"), [pytest.param(k, c, id=compiled.title(k, c)) for k, c in compiled.as_wide_as_launched()]
+)
+def test_pairs_of_products_and_sums_are_not_fused(kernel, constants, tmp_path):
+    """Which the assembler does for capability 10.0, whatever it is told, where a thread has several elements."""
+    made = compiled.compiled(kernel, constants, 100)
+    there = sass.arithmetic(sass.disassemble(made.asm["cubin"], tmp_path))
+    assert there["fma"] == sass.asked_for(made.asm["ptx"])["fma"]
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 def test_products_are_chains_of_fused_operations_alone(capability, tmp_path):
     """No product of a dot product is rounded by itself; only sums of segments and blocks are."""
