@@ -21,6 +21,7 @@ from ..recipes.test_workloads import NAMES, tiny
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.emulation,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(build.why_unavailable()), reason=build.why_unavailable() or "available"),
 ]
 
