@@ -21,19 +21,7 @@ def squares_of(y: Sequence[int]) -> int:
 def input_squares(
     x: Tensor, padding: Sequence[int], out: Sequence[int], start: int, end: int, *, last: bool = False
 ) -> Tensor:
-    """``B^T d B`` for the squares `start` to `end` of an output of `out` rows and columns.
-
-    Args:
-        x: ``[N, C, H, W]``, any strides.
-        padding: rows and columns of zeros before the first.
-        out: rows and columns of the output.
-        start: first square.
-        end: behind the last square.
-        last: channels come last.
-
-    Returns:
-        ``[16, C, end - start]``, or ``[16, end - start, C]``.
-    """
+    """``B^T d B``; see `cpu_winograd.input_squares`."""
     rows, columns = (-(-size // 2) for size in out)
     first, behind = start // (rows * columns), -(-end // (rows * columns))
     x = x[first:behind]
