@@ -227,8 +227,10 @@ class Boundaries:
         self._start = loops.position(trainer)
         self._looked_at = self._start[0]
         self._snapshots_seen = self._session.executor.snapshots_agreed
-        if self._snapshot_every == "auto" and self._strategy.is_global_zero:
-            self._cadence = Cadence(self._snapshot_budget, tell=rank_zero_info)
+        if self._snapshot_every is not None and self._strategy.is_global_zero:
+            self._session.snapshots.start()
+            if self._snapshot_every == "auto":
+                self._cadence = Cadence(self._snapshot_budget, tell=rank_zero_info)
         self._strategy.barrier("start of training")  # a signal that came in start-up is known to all from here
         self._begun = True
 

@@ -29,7 +29,7 @@ from typing import BinaryIO
 
 from lightning_easyscale.commit import commit
 
-_NICE = 19
+_NICE = 10  # with 19 it starves where training keeps all cores busy, and the newest snapshot is an old one
 _LOOK_SECONDS = 1.0  # how soon a process without orders notices that its parent has ended
 _CHUNK = 16 << 20
 _ALIGNMENT = 64  # of records, as in torch's files

@@ -47,6 +47,10 @@ class SnapshotWriter:
         """Whether a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
 
+    def start(self) -> None:
+        """Start the process that writes ahead of the first snapshot, which it would keep waiting."""
+        self._process = self._process or SnapshotProcess()
+
     def submit(self, copies: Replication, checkpoint: dict[str, Any], *, step: int, batch: int) -> None:
         """Copy a checkpoint and have it committed.
 
@@ -97,7 +101,9 @@ class SnapshotWriter:
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Commit a copy in this writer's memory, sealed, to a path."""
-        process = self._process = self._process or SnapshotProcess()
+        self.start()
+        process = self._process
+        assert process is not None
         try:
             process.commit(_order(checkpoint, path, self._memory), self._memory.descriptor)
         except ChildProcessError:
