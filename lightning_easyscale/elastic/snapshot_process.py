@@ -23,6 +23,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -121,6 +122,9 @@ class SnapshotProcess:
 
     def close(self) -> None:
         """End the process."""
+        with suppress(OSError):  # it may have ended
+            # A close alone would not tell it: loader workers that were forked since have the connection, too.
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
         self._process.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -129,6 +130,22 @@ def test_the_writing_process_is_polite_small_and_ends_with_the_writer(writer: Sn
     writer.submit(Alone(tmp_path / "job"), content(), step=2, batch=2)  # type: ignore[arg-type]
     writer.wait()
     assert writer.written == 2
+
+
+@pytest.mark.timeout(30)
+def test_the_writing_process_ends_although_a_loader_worker_has_its_connection(writer: SnapshotWriter) -> None:
+    writer.start()
+    assert writer._process is not None
+    process = psutil.Process(writer._process.pid)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    try:
+        writer.close()
+        assert not process.is_running()
+        assert worker.is_alive()
+    finally:
+        worker.kill()
+        worker.join()
 
 
 @pytest.mark.fault("writing a snapshot: SIGKILL to the process that writes it")
