@@ -29,9 +29,9 @@ from torch import Tensor
 
 from . import primitives, random
 from .arithmetic import divide
+from .primitives import BLOCK, SEGMENT
 from .reductions import safe_softmax, softmax_backward, tree_sum
 
-_SEGMENT, _BLOCK = 256, 4096
 _PIECE = 1 << 24
 """Elements of scores that are there at once, unless a segment of queries has more."""
 
@@ -110,8 +110,8 @@ class _Call:
         if queries * keys <= _PIECE:
             size = max(1, -(-units // max(1, -(-units * queries * keys // _PIECE))))
         else:
-            rows = _SEGMENT
-            while rows < _BLOCK and 2 * rows * keys <= _PIECE:
+            rows = SEGMENT
+            while rows < BLOCK and 2 * rows * keys <= _PIECE:
                 rows *= 2
         rest = (queries, self.q.shape[1], self.bias, self.causal, self.dropout, key)
         for unit in range(0, units, size):
@@ -213,11 +213,11 @@ class _Sum:
             self._total = a.new_zeros(*a.shape[:-1], b.shape[-1])
         total = self._total
         assert total is not None
-        for start in range(0, a.shape[-1], _SEGMENT):
-            segment = slice(start, start + _SEGMENT)
+        for start in range(0, a.shape[-1], SEGMENT):
+            segment = slice(start, start + SEGMENT)
             block = torch.zeros_like(total) if self._block is None else self._block
             self._block = primitives.matmul(a[..., segment], b[:, segment], block)
-            if (first + start + _SEGMENT) % _BLOCK == 0:
+            if (first + start + SEGMENT) % BLOCK == 0:
                 total += self._block
                 self._block = None
         if not last:
@@ -256,11 +256,8 @@ def _of_bias(gradient: Tensor, bias: Tensor) -> Tensor:
 
 def _fused(scores: Tensor) -> ModuleType | None:
     """The module that computes what lies between products as one kernel, where it takes these scores."""
-    if scores.device.type != "cuda":
-        return None
-    from . import cuda_attention
-
-    return cuda_attention if cuda_attention.takes(scores) else None
+    found = primitives.module("cuda_attention") if scores.is_cuda else None
+    return found if found is not None and found.takes(scores) else None
 
 
 def _weights(scores: Tensor, rows: Rows) -> Tensor:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from . import primitives, winograd
+from .primitives import BLOCK
 from .reductions import tree_sum
 
-BLOCK = 4096
-"""Values of k whose sum is one block (`cuda_kernels.BLOCK`)."""
 _UNFOLDED = 1 << 25
 """Elements of unfolded input that are made at once."""
 
@@ -102,11 +101,8 @@ def _without_unfolding(x: Tensor, g: Geometry) -> ModuleType | None:
     """Winograd's algorithm or the kernels that gather their operands, where they take this convolution."""
     if winograd.takes(g):
         return winograd
-    if x.device.type != "cuda":
-        return None
-    from . import cuda_convolution
-
-    return cuda_convolution if cuda_convolution.takes(g) else None
+    found = primitives.module("cuda_convolution") if x.is_cuda else None
+    return found if found is not None and found.takes(g) else None
 
 
 def _per_image(matrix: Tensor, images: int) -> Tensor:

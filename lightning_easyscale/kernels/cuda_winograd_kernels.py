@@ -1,7 +1,8 @@
 """Winograd's transforms as Triton kernels, as `winograd.h` has them.
 
 Sixteen values of a square are numbered by rows. Squares are cut into blocks of `BS`, channels into blocks of `BC`; both
-are free. Offsets are 32-bit numbers. Strides end in n, c, h, w for images, channels, rows and columns.
+are free. Offsets are 64-bit numbers, as operands may have any size. Strides end in n, c, h, w for images, channels,
+rows and columns.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def _place(start, rows, columns, BS: tl.constexpr):
     """Numbers of this program's squares in the launch, their images, and twice their rows and columns."""
     squares = tl.program_id(0) * BS + tl.arange(0, BS)
     number = start + squares
-    return squares, number // (rows * columns), number // columns % rows * 2, number % columns * 2
+    image, y, z = number // (rows * columns), number // columns % rows * 2, number % columns * 2
+    return squares.to(tl.int64), image.to(tl.int64), y.to(tl.int64), z.to(tl.int64)
 
 
 @triton.jit
@@ -74,7 +76,8 @@ def input_squares(
 ):  # fmt: skip
     """``out[i, square, channel]`` with strides `step`, `os`, `oc`, for `squares` squares from `start` on."""
     number, image, y, z = _place(start, rows, columns, BS)
-    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[None, :]
+    step = step.to(tl.int64)
+    channel = (tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC))[None, :]
     there = (number < squares)[:, None] & (channel < channels)
     y, z = (y - pad_h)[:, None], (z - pad_w)[:, None]
     at = x + (image * xn)[:, None] + channel * xc
@@ -103,7 +106,8 @@ def output_squares(
 ):  # fmt: skip
     """``out[image, channel, y, x]``, from ``products[i, channel, square]`` with strides `step` and `squares`."""
     number, image, y, z = _place(start, rows, columns, BS)
-    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[:, None]
+    step = step.to(tl.int64)
+    channel = (tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC))[:, None]
     there = (number < squares)[None, :] & (channel < channels)
     at = products + channel * squares + number[None, :]
     a0, a1, a2, a3 = _load_four(at, there, step)
@@ -142,7 +146,8 @@ def gradient_squares(
 ):  # fmt: skip
     """``out[i, channel, square]`` with strides `step` and `squares`, for `squares` squares from `start` on."""
     number, image, y, z = _place(start, rows, columns, BS)
-    channel = (tl.program_id(1) * BC + tl.arange(0, BC))[:, None]
+    step = step.to(tl.int64)
+    channel = (tl.program_id(1).to(tl.int64) * BC + tl.arange(0, BC))[:, None]
     there = (number < squares)[None, :] & (channel < channels)
     y, z = y[None, :], z[None, :]
     at = dy + image[None, :] * yn + channel * yc + y * yh + z * yw
@@ -167,8 +172,8 @@ def gradient_squares(
 @triton.jit
 def weight_squares(w, out, rows, columns, wr, wc, wh, ww, first, BS: tl.constexpr):
     """``out[i, row, column]`` of ``w[row, column, 3, 3]`` with any strides, whose first value is number `first`."""
-    place = tl.program_id(0) * BS + tl.arange(0, BS)
-    size = rows * columns
+    place = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    size = tl.full((), rows, tl.int64) * columns
     there = place < size
     at = w + first + place // columns * wr + place % columns * wc
     a0, a1, a2 = _three(at, there, ww)
@@ -199,7 +204,8 @@ def _three(at, there, step):
 @triton.jit
 def weight_gradient(sums, out, size, BS: tl.constexpr):
     """``out[place, 3, 3]`` of ``sums[i, place]``."""
-    place = tl.program_id(0) * BS + tl.arange(0, BS)
+    place = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
+    size = tl.full((), size, tl.int64)
     there = place < size
     a0, a1, a2, a3 = _load_four(sums + place, there, size)
     b0, b1, b2, b3 = _load_four(sums + place + 4 * size, there, size)

@@ -12,21 +12,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+SEGMENT, BLOCK = 256, 4096
+"""Values of k in a segment and in a block of a dot product, as in `kernels.cpp` and `cuda_kernels.py`."""
+
 _FLOAT = torch.float32
 _LARGEST = torch.finfo(_FLOAT).max
 
 
 @cache
-def _module(name: str) -> ModuleType:
+def module(name: str) -> ModuleType:
     """A module of kernels, imported where it is needed: some need a compiler, some Triton."""
     return import_module(f".{name}", __package__)
 
 
 def _backend(x: Tensor) -> ModuleType:
     if x.is_cpu:
-        return _module("cpu")
+        return module("cpu")
     if x.is_cuda:
-        return _module("cuda")
+        return module("cuda")
     raise NotImplementedError(
         f"D2's `portable` policy has no kernels for the device `{x.device}`. HINT: use CPU or CUDA devices."
     )
@@ -34,13 +37,13 @@ def _backend(x: Tensor) -> ModuleType:
 
 def pooling(x: Tensor, y: Tensor) -> ModuleType | None:
     """`cuda_pooling` for CUDA tensors, where it pools an operand of the one shape to a result of the other."""
-    module = _module("cuda_pooling") if x.is_cuda else None
-    return module if module is not None and module.takes(x, y) else None
+    found = module("cuda_pooling") if x.is_cuda else None
+    return found if found is not None and found.takes(x, y) else None
 
 
 def fused(x: Tensor) -> ModuleType | None:
     """`cuda_fused` for CUDA tensors: whole operations as one kernel, which have the bits of their composed forms."""
-    return _module("cuda_fused") if x.is_cuda else None
+    return module("cuda_fused") if x.is_cuda else None
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from . import cpu_winograd, primitives
+from . import primitives
 from .plans import planned
+from .primitives import BLOCK
 
 if TYPE_CHECKING:
     from .convolution import Geometry
 
-BLOCK = 4096
-"""Values of k whose sum is one block (`cuda_kernels.BLOCK`)."""
 _WORTH = 32
 """``C * OC / (C + OC)`` from which the multiplications that are saved repay the transforms."""
 _KEPT = 1 << 26
@@ -68,11 +67,7 @@ def weight_gradient(x: Tensor, dy: Tensor, g: Geometry) -> Tensor:
 
 
 def _transforms(x: Tensor) -> ModuleType:
-    if x.device.type != "cuda":
-        return cpu_winograd
-    from . import cuda_winograd
-
-    return cuda_winograd
+    return primitives.module("cuda_winograd" if x.is_cuda else "cpu_winograd")
 
 
 def _correlate(x: Tensor, weight: Tensor, padding: tuple[int, ...], out: Tensor) -> Tensor:

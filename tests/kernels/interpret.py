@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -123,9 +124,19 @@ def depthwise() -> Compared:
 
 def squares() -> Compared:
     """Winograd's transforms."""
+    made: list[Tensor] = []
     for case in winograd_reference.CASES:
         for name, found, expected in winograd_reference.compared(cuda_winograd, *case):
             yield f"{name} {case}", [found], [expected]
+    with tempfile.NamedTemporaryFile() as file:  # with a hole in it
+        far = torch.from_file(file.name, shared=True, size=(1 << 31) + 128)
+        images = far.as_strided((3, 2, 4, 5), ((1 << 30) + 40, 20, 5, 1)).copy_(wide(3, 2, 4, 5, seed=1))
+        for module in (cuda_winograd.input_squares, winograd_reference.input_squares):
+            made.append(module(images, (1, 1), (4, 5), 0, 18))
+        yield "images beyond 32-bit offsets", [made[0]], [made[1]]
+        for module in (cuda_winograd.gradient_squares, winograd_reference.gradient_squares):
+            made.append(module(images, 0, 18))
+        yield "gradients beyond 32-bit offsets", [made[2]], [made[3]]
 
 
 def attentions() -> Compared:
