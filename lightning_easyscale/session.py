@@ -37,6 +37,7 @@ from .reduction.orders import ring_fold
 from .reduction.tree import Offload
 from .rng import Generators
 from .runtime.channel import Channel
+from .runtime.collectives import on_host
 from .runtime.context import ESTContext
 from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
@@ -208,10 +209,9 @@ class Session:
             tag: what is gathered.
         """
         if not self.running:
-            gathered: dict[int, Any] = {}
-            for part in self.peers.all_gather_object({r: value(r) for r in self.ests}):
-                gathered.update(part)
-            return gathered
+            own: Any = {r: value(r) for r in self.ests}
+            parts = self.peers.all_gather_object(own if self.peers.size == 1 else on_host(own))  # not on its device
+            return {r: given for part in parts for r, given in part.items()}
         everyone = self.groups[rank].collect(value(rank), tag)
         return dict(enumerate(everyone))
 

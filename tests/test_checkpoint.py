@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_easyscale import EasyScaleStrategy
 from lightning_easyscale import checkpoint as ckpt
+from lightning_easyscale.session import Session
 
 from .launch.job import Classifier, SaveAt, loader, make_trainer, state_digest
 
@@ -351,3 +353,21 @@ def test_between_runs_the_process_speaks_for_itself(tmp_path: Path) -> None:
     stock = make_trainer(tmp_path, strategy="auto", max_epochs=1)
     stock.fit(Classifier(), loader(), loader(shuffle=False))
     assert stock.world_size == 1
+
+
+class OnADevice(torch.Tensor):
+    """Stands for a device's tensor, as far as it says whether it was fetched."""
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.ones(2)
+
+
+@pytest.mark.parametrize("executors", [1, 2])
+def test_states_go_to_other_executors_in_host_memory(executors: int) -> None:
+    """After a run as well: pickled tensors of a device would be made again on the other's device of that number."""
+    sent: list[Any] = []
+    peers = SimpleNamespace(size=executors, all_gather_object=lambda own: sent.append(own) or [own, {1: "theirs"}])
+    session: Any = SimpleNamespace(running=False, ests=range(1), peers=peers)
+    gathered = Session.gather(session, 0, lambda rank: {"buffers": {"x": OnADevice()}}, "save")
+    assert type(sent[0][0]["buffers"]["x"]) is (torch.Tensor if executors > 1 else OnADevice)
+    assert list(gathered) == [0, 1]
