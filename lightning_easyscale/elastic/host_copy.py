@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -41,7 +42,7 @@ class HostMemory:
             larger = self._bytes is not None
             self._release()
             size = max(int(size * _ROOM) if larger else size, mmap.PAGESIZE)
-            self.descriptor = os.memfd_create("easyscale-snapshot")
+            self.descriptor = _file_without_a_name()
             os.ftruncate(self.descriptor, size)
             self._mapped = mmap.mmap(self.descriptor, size)
             self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
@@ -78,6 +79,13 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
         os.close(self.descriptor)
         self.descriptor, self._bytes, self._mapped, self._pinned, self._registered = -1, None, None, False, False
+
+
+def _file_without_a_name() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("easyscale-snapshot")
+    with tempfile.TemporaryFile() as file:  # other systems than Linux
+        return os.dup(file.fileno())
 
 
 def _register(memory: Tensor) -> bool:

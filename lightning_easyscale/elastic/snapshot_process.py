@@ -163,7 +163,7 @@ def _carry_out(order: Order, descriptor: int, parent: int) -> Exception | None:
         def write(file: BinaryIO) -> None:
             _write(file, pickled, [_view(record, memory) for record in order.records])
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # here, as it may take long: the parent is looked for behind it
             if os.getppid() != parent:
                 raise ChildProcessError("nobody wants the snapshot any more")
 

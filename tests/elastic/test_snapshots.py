@@ -78,8 +78,13 @@ def equal(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def test_a_snapshot_is_what_torch_would_have_saved(writer: SnapshotWriter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", ["Linux", "another"])
+def test_a_snapshot_is_what_torch_would_have_saved(
+    writer: SnapshotWriter, tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same containers, values, types and strides, and the same digest; it loads with `weights_only` and `mmap`."""
+    if system != "Linux":
+        monkeypatch.delattr(os, "memfd_create")
     job, checkpoint = Alone(tmp_path / "job"), content()
     writer.submit(job, checkpoint, step=1, batch=1)  # type: ignore[arg-type]
     writer.wait()
