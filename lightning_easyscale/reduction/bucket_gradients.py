@@ -14,13 +14,14 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from ..runtime.bulk import all_gradients, drop, has_none
+from ..runtime.bulk import drop, gradients, has_none
 from .bucket import BucketForm, LocalGradients
 from .exchange import Finish, Reduction
 from .gradients import GradientReduce, Rendezvous
@@ -238,12 +239,13 @@ class BucketGradients(GradientReduce):
     def _pass_on(self, number: int) -> None:
         """The first EST's gradients of a group hold the result already."""
         lead, *others = self._ests
-        reduced = all_gradients(self._group(lead, number))
+        reduced: list[Any] = gradients(self._group(lead, number))
         # Written to below autograd, which would not notice where a graph has saved one.
         increment_version(reduced)
         for rank in others:
             if self.private_gradients:
-                torch._foreach_copy_(all_gradients(self._group(rank, number)), reduced)
+                own: list[Any] = gradients(self._group(rank, number))
+                torch._foreach_copy_(own, reduced)
             else:
                 drop(self._group(rank, number))
 

@@ -32,11 +32,6 @@ def gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     return list(map(_grad, parameters))
 
 
-def all_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients of parameters that have one each."""
-    return list(map(_grad, parameters))
-
-
 def any_gradient(parameters: Iterable[Tensor]) -> bool:
     """Whether a parameter has a gradient."""
     return any(map(is_not, map(_grad, parameters), repeat(None)))

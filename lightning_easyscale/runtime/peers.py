@@ -224,28 +224,16 @@ class Peers:
             self._broadcast(self._skipped.tag, self._skipped.blanks(), self._skipped.source)
 
     def _broadcast(self, tag: str, tensors: Sequence[torch.Tensor], source: int) -> None:
-        """Overwrite `tensors` by those of executor `source`; those of one device are one message."""
-        for device in dict.fromkeys(t.device for t in tensors):
-            # From long elements to short ones, each begins where its type may.
-            together = sorted((t for t in tensors if t.device == device), key=lambda t: -t.element_size())
-            if len(together) == 1 and together[0].is_contiguous():
-                self._broadcast_bytes(tag, as_bytes(together[0]), source)
-                continue
-            sizes = [t.numel() * t.element_size() for t in together]
-            if self.index == source:
-                self._broadcast_bytes(tag, torch.cat([as_bytes(t) for t in together]), source)
-                continue
-            message = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-            self._broadcast_bytes(tag, message, source)
-            for tensor, part in zip(together, message.split(sizes), strict=True):
-                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
-
-    def _broadcast_bytes(self, tag: str, message: torch.Tensor, source: int) -> None:
+        """Overwrite `tensors` by those of executor `source`, one by one: many small ones are a parcel already."""
         assert self.data is not None
         opts = dist.BroadcastOptions()
         opts.rootRank = source
         opts.rootTensor = 0
-        self._wait(self.data.broadcast([message], opts), tag)
+        for tensor in tensors:
+            dense = tensor.contiguous()
+            self._wait(self.data.broadcast([as_bytes(dense)], opts), tag)
+            if dense is not tensor and self.index != source:
+                tensor.copy_(dense)
 
     def subset(self, executors: Sequence[int]) -> Peers:
         """Groups among some executors; every executor calls this, members or not."""
