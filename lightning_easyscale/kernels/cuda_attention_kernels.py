@@ -182,7 +182,7 @@ def attention_weights(
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "rows", "queries", "heads", "length", "unit", "query"])
 def attention_weights_backward(
-    scores, dw, bias, key_low, key_high, keep, rows, queries, heads, length, unit, query, bb, bh, bq, bk,
+    scores, gradients, bias, key_low, key_high, keep, rows, queries, heads, length, unit, query, bb, bh, bq, bk,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, CHUNKS: tl.constexpr,
     U: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +191,7 @@ def attention_weights_backward(
     length = length // ALIGNED * ALIGNED
     begin, place, known, query, bias = _rows(bias, rows, queries, heads, length, unit, query, bb, bh, bq, U)
     scores += begin
-    dw += begin
+    gradients += begin
     lanes = tl.zeros([U, LANES], tl.float32)
     if CHUNKS > 0:
         made, total = _exponentials(scores, bias, query, known, length, bk, BIAS, CAUSAL, CHUNKS, U)
@@ -201,7 +201,7 @@ def attention_weights_backward(
             column = chunk * LANES + lane
             there = known & (column < length)
             y = _quotient(made[chunk], total)
-            g = tl.load(dw + column, mask=there, other=0.0)
+            g = tl.load(gradients + column, mask=there, other=0.0)
             if DROPOUT:
                 noise = _noise(place, chunk * LANES, length, key_low, key_high, keep, DROPOUT, ALIGNED, U)
                 g = g * noise
@@ -214,7 +214,7 @@ def attention_weights_backward(
         dot = _tree(lanes, U)
         for chunk in tl.static_range(CHUNKS):
             there = known & (chunk * LANES + lane < length)
-            tl.store(dw + chunk * LANES + lane, (gs[chunk] - dot) * ys[chunk], mask=there)
+            tl.store(gradients + chunk * LANES + lane, (gs[chunk] - dot) * ys[chunk], mask=there)
     else:
         top, total = _moments(scores, bias, query, known, length, bk, BIAS, CAUSAL, U)
         sums = tl.zeros([U, LANES], tl.float32)
@@ -222,7 +222,7 @@ def attention_weights_backward(
             column = start + lane
             there = known & (column < length)
             v = _masked(scores, bias, query, column, there, bk, BIAS, CAUSAL)
-            g = tl.load(dw + column, mask=there, other=0.0)
+            g = tl.load(gradients + column, mask=there, other=0.0)
             if DROPOUT:
                 g = g * _noise(place, start, length, key_low, key_high, keep, DROPOUT, ALIGNED, U)
             lanes += tl.where(there, g * _quotient(functions.exp(v - top), total), 0.0)
@@ -232,11 +232,11 @@ def attention_weights_backward(
             column = start + lane
             there = known & (column < length)
             y = _quotient(functions.exp(_masked(scores, bias, query, column, there, bk, BIAS, CAUSAL) - top), total)
-            g = tl.load(dw + column, mask=there, other=0.0)
+            g = tl.load(gradients + column, mask=there, other=0.0)
             if DROPOUT:
                 noise = _noise(place, start, length, key_low, key_high, keep, DROPOUT, ALIGNED, U)
                 g = g * noise
                 tl.store(scores + column, y * noise, mask=there)
             else:
                 tl.store(scores + column, y, mask=there)
-            tl.store(dw + column, (g - dot) * y, mask=there)
+            tl.store(gradients + column, (g - dot) * y, mask=there)

@@ -20,7 +20,7 @@ convolutions = pytest.importorskip("lightning_easyscale.kernels.cuda_convolution
 winograd = pytest.importorskip("lightning_easyscale.kernels.cuda_winograd")
 launching = pytest.importorskip("lightning_easyscale.kernels.launch")
 
-from lightning_easyscale.kernels import plans  # noqa: E402
+from lightning_easyscale.kernels import plans, primitives  # noqa: E402
 from lightning_easyscale.kernels.attention import Rows  # noqa: E402
 from lightning_easyscale.kernels.convolution import Geometry  # noqa: E402
 
@@ -123,6 +123,11 @@ def at(offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     room = torch.zeros(size + offset + 64, dtype=dtype)
     skip = -room.data_ptr() % 64 // room.element_size()
     return room[skip + offset : skip + offset + size].view(shape)
+
+
+def test_segments_and_blocks_are_those_of_the_other_kernels():
+    assert cuda.kernels.SEGMENT.value == primitives.SEGMENT
+    assert cuda.kernels.BLOCK.value == primitives.BLOCK
 
 
 def test_the_present_triton_is_started_directly():
