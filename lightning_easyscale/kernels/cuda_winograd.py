@@ -102,7 +102,7 @@ def weight_gradient(sums: Tensor) -> Tensor:
 @planned
 def _weight_gradient(size: int) -> Launch:
     width, warps, stages = _PLAIN
-    return Launch(kernels.weight_gradient, (blocks_of(size, width),), (size,), (width,), warps, stages)
+    return Launch(kernels.gradient_of_squares, (blocks_of(size, width),), (size,), (width,), warps, stages)
 
 
 def _over(kernel: object, squares: int, channels: int, numbers: tuple[int, ...], block: tuple[int, int]) -> Launch:

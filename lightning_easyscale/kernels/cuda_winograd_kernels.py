@@ -202,7 +202,7 @@ def _three(at, there, step):
 
 
 @triton.jit
-def weight_gradient(sums, out, size, BS: tl.constexpr):
+def gradient_of_squares(sums, out, size, BS: tl.constexpr):
     """``out[place, 3, 3]`` of ``sums[i, place]``."""
     place = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
     size = tl.full((), size, tl.int64)

@@ -48,7 +48,7 @@ KERNELS: list[tuple[Any, dict[str, Any], bool]] = [
     (convolutions.depthwise_weight_gradient, {"T": 16, "S": 2, "W": 32}, True),
     *((kernel, {"BS": 64, "BC": 2}, False) for kernel in (winograd.input_squares, winograd.output_squares)),
     (winograd.gradient_squares, {"BS": 64, "BC": 2}, False),
-    *((kernel, {"BS": 128}, False) for kernel in (winograd.weight_squares, winograd.weight_gradient)),
+    *((kernel, {"BS": 128}, False) for kernel in (winograd.weight_squares, winograd.gradient_of_squares)),
     *((fused.softmax, {"LOG": log, "U": 1}, True) for log in (True, False)),
     *((fused.softmax_backward, {"LOG": log, "U": 1}, log) for log in (True, False)),
     (fused.layer_norm, {"BIAS": True, **ROWS}, False),

@@ -21,7 +21,7 @@ KERNELS = {
     "folds": ["fold"],
     "pools": ["avg_pool", "avg_pool_backward", "max_pool_backward"],
     "depthwise": ["depthwise_weight_gradient", "fold"],
-    "squares": ["gradient_squares", "input_squares", "output_squares", "weight_gradient", "weight_squares"],
+    "squares": ["gradient_of_squares", "gradient_squares", "input_squares", "output_squares", "weight_squares"],
     "attentions": ["attention_weights", "attention_weights_backward"],
 }
 
