@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..rng import Generators, Parts, state_of_parts
 from ..runtime.context import ESTContext
-from .worker import Sent, Task, serve
+from .worker import Sent, Skipped, Task, serve
 
 
 @dataclass
@@ -318,7 +318,7 @@ class Context(multiprocessing.context.BaseContext):
     def link(arguments: dict[str, Any], worker: int) -> None:
         """Tell the queues what they are for, and give the worker the real ones."""
         index_queue, data_queue = arguments["index_queue"], arguments["data_queue"]
-        index_queue.worker, index_queue.answers = worker, data_queue
+        index_queue.worker = worker
         arguments.update(index_queue=index_queue.real, data_queue=data_queue.real)
 
 
@@ -333,19 +333,16 @@ class LinkedQueue:
     def __init__(self, real: Any, stream: Stream) -> None:
         self.real = real
         self.worker: int | None = None
-        self.answers: LinkedQueue | None = None
         self._stream = stream
 
     def put(self, item: Any) -> None:
-        """Send an index batch to the worker, unless it is to be skipped: then the answer is empty and comes at once."""
+        """Send an index batch to the worker, or only its number if it is to be skipped."""
         if self.worker is not None and isinstance(item, tuple):
             batch, indices = item
             if self._stream.silent:
                 return
             if not self._stream.drawn(batch, self.worker, indices):
-                assert self.answers is not None
-                self.answers.real.put((batch, None))
-                return
+                item = Skipped(batch)
         self.real.put(item)
 
     def get(self, timeout: float | None = None) -> tuple[Any, Any]:

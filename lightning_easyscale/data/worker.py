@@ -48,6 +48,20 @@ class Sent:
     dataset: Any = None
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """In place of an index batch whose data was trained on before: its worker answers with nothing.
+
+    The worker itself answers, so that answers to earlier index batches come before what it says of later ones:
+    PyTorch's iterator gives up what a worker owes once the worker says that an iterable dataset has come to its end.
+
+    Args:
+        batch: its number.
+    """
+
+    batch: int
+
+
 @dataclass
 class Task:
     """One virtual worker, as the main process describes it.
@@ -145,7 +159,7 @@ class VirtualWorker:
 
     def __init__(self, host: Host, task: Task) -> None:
         self.rank = task.rank
-        self.inbox = task.arguments["index_queue"]
+        self.inbox, self.outbox = task.arguments["index_queue"], task.arguments["data_queue"]
         self.messages: collections.deque[Any] = collections.deque()
         self.served = 0
         self.started = self.ended = False
@@ -238,12 +252,14 @@ class Inbox:
         self._begun = False
 
     def get(self, timeout: float | None = None) -> Any:
-        """The next message; other virtual workers run until there is one."""
+        """The next message that the loop is to see; other virtual workers run until there is one."""
         if not self._begun:
             self._begun = True
             self._worker.begin()
         self._worker.wait()
-        message = self._worker.messages.popleft()
+        while isinstance(message := self._worker.messages.popleft(), Skipped):
+            self._worker.outbox.put((message.batch, None))
+            self._worker.wait()
         if isinstance(message, queue.Empty):
             raise message
         return message

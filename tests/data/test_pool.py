@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.queues
 import os
 import random
 import re
@@ -241,3 +242,30 @@ def test_iterable_datasets_go_on_by_their_state_or_by_replay(
     expected, got = resumed(kind, 4)
     assert same(got, expected)
     assert ("drawing 4 batches again" in caplog.text) == replayed
+
+
+def test_what_was_trained_on_is_passed_over_before_a_worker_says_that_its_data_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 11 batches 10 are passed over; worker 1 has nothing more to give. A queue of this process may be slow."""
+    feed, parent = multiprocessing.queues.Queue._feed, os.getpid()  # type: ignore[attr-defined]
+
+    class Late:
+        def __init__(self, lock: Any) -> None:
+            self.lock, self.release = lock, lock.release
+
+        def acquire(self) -> None:
+            time.sleep(0.2)
+            self.lock.acquire()
+
+    def slowly(buffer: Any, not_empty: Any, send: Any, lock: Any, *rest: Any) -> None:
+        with not_empty:
+            while not buffer:
+                not_empty.wait()
+        answers = os.getpid() == parent and isinstance(buffer[0], tuple) and buffer[0][1] is None
+        feed(buffer, not_empty, send, Late(lock) if answers else lock, *rest)
+
+    expected, _ = resumed(ResumedNumbers, 10)
+    monkeypatch.setattr(multiprocessing.queues.Queue, "_feed", staticmethod(slowly))
+    _, got = resumed(ResumedNumbers, 10)
+    assert same(got, expected)
