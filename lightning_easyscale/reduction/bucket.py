@@ -21,6 +21,8 @@ from ..runtime.bulk import below_autograd
 # On a CPU additions go block by block, so that partial sums stay in the cache between two of them. Smaller blocks cost
 # more in calls than they save (measured at 11.7 million elements).
 _BLOCK_BYTES = 1 << 20
+# On other devices launches cost more than additions: what is below this is made flat, once for all chunks.
+_FLAT_BYTES = 1 << 30
 
 Segment = tuple[int, int, int]
 """Part of a member's gradient: its slot, the first element and the one after the last."""
@@ -140,6 +142,28 @@ class BucketForm:
         return self._blocks[key]
 
 
+class FlatGradients:
+    """One bucket's gradients on one executor, scaled, each EST's in one flat tensor.
+
+    Args:
+        rows: per EST, in rank order.
+    """
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self.rows = rows
+
+    def add(self, ests: Sequence[int], span: slice, out: Tensor, *, onto: bool = False) -> None:
+        """See `LocalGradients.add`."""
+        chain = [self.rows[est][span] for est in ests]
+        if onto:
+            chain.insert(0, out)
+        elif len(chain) == 1:
+            out.copy_(chain[0])
+        total = chain[0]
+        for own in chain[1:]:
+            total = torch.add(own, total, out=out)
+
+
 class LocalGradients:
     """One bucket's gradients on one executor.
 
@@ -165,6 +189,22 @@ class LocalGradients:
     def whole(self) -> slice:
         """The span of the whole bucket."""
         return slice(0, self.form.numel)
+
+    def gathered(self) -> FlatGradients | None:
+        """Copies that are cheaper to read part by part; None if there are none, or they take too much memory."""
+        form, k = self.form, len(self.pieces)
+        if form.device.type == "cpu" or k * form.numel * form.dtype.itemsize > _FLAT_BYTES:
+            return None
+        if len(form.members) == 1 or k == 1:
+            return None
+        return self.flat()
+
+    def flat(self) -> FlatGradients:
+        """Scaled copies."""
+        rows = torch.empty(len(self.pieces), self.form.numel, dtype=self.form.dtype, device=self.form.device).unbind()
+        for row, pieces in zip(rows, self.pieces, strict=True):
+            self._gather(pieces, row)
+        return FlatGradients(rows)
 
     def add(self, ests: Sequence[int], span: slice, out: Tensor, *, onto: bool = False) -> None:
         """Fold gradients of local ESTs, one after the other, into a flat tensor.
@@ -222,18 +262,21 @@ class LocalGradients:
         """An EST's gradients in this block, scaled."""
         parts = block.parts(self.pieces[est])
         if len(parts) > 1:
-            # All of an EST's wait in host memory, or none.
-            if parts[0].device != out.device:
-                parts = [part.to(out.device, non_blocking=True) for part in parts]
-            torch.cat(parts, out=out)
-            if self._scale is not None:
-                out.mul_(self._scale)
+            self._gather(parts, out)
         elif self._scale is None or parts[0].device != out.device:
             out.copy_(parts[0], non_blocking=True)
             if self._scale is not None:
                 out.mul_(self._scale)
         else:
             torch.mul(parts[0], self._scale, out=out)
+
+    def _gather(self, parts: list[Tensor], out: Tensor) -> None:
+        # All of an EST's wait in host memory, or none.
+        if parts[0].device != out.device:
+            parts = [part.to(out.device, non_blocking=True) for part in parts]
+        torch.cat(parts, out=out)
+        if self._scale is not None:
+            out.mul_(self._scale)
 
 
 def _store(flat: Tensor, sizes: list[int], places: list[Tensor]) -> None:

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..placement import Placement
-from .bucket import BucketForm, LocalGradients
+from .bucket import BucketForm, FlatGradients, LocalGradients
 from .lane import Lane, Pending, Running
-from .orders import check_parts, ring_chunks
+from .orders import check_parts, ring_chunks, ring_fold
 from .tree import Block, TreeFold, blocks_of, combine
 from .wire import Wire, backend_name
 
@@ -161,10 +161,10 @@ class RingReduction(_Exchange):
             local.add([0], local.whole, flat)
             pending: Pending = Running(wire.all_reduce(flat), flat)
         else:
-            pending = self._lane.submit(lambda: self._ring(wire, local, flat), [flat])
+            pending = self._lane.submit(lambda: self._ring(wire, local.gathered() or local, flat), [flat])
         return lambda: local.store(pending.wait())
 
-    def _ring(self, wire: Wire, local: LocalGradients, out: Tensor) -> Tensor:
+    def _ring(self, wire: Wire, local: LocalGradients | FlatGradients, out: Tensor) -> Tensor:
         bottom, everyone = self.ests.start, list(reversed(range(len(self.ests))))
         chunks = ring_chunks(out.numel() * out.element_size(), out.element_size(), self.n)
         # The chains of chunks a+1..b start on the executor of ranks a..b-1. All but the last come back to it.
@@ -317,6 +317,9 @@ def _fold_all(local: LocalGradients, n: int) -> None:
     if n == 2:
         # Addition commutes: one pass over both chunks.
         local.fold_into_results([0, 1], local.whole)
+        return
+    if (flat := local.gathered()) is not None:
+        local.store(ring_fold(flat.rows, consume=True))
         return
     for c, chunk in enumerate(ring_chunks(local.form.numel * local.form.dtype.itemsize, local.form.dtype.itemsize, n)):
         local.fold_into_results([(c - k) % n for k in range(1, n + 1)], chunk)

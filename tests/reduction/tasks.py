@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_easyscale.placement import Placement
-from lightning_easyscale.reduction.bucket import BucketForm, LocalGradients
+from lightning_easyscale.reduction.bucket import BucketForm, FlatGradients, LocalGradients
 from lightning_easyscale.reduction.exchange import NativeReduction, RingReduction, TreeReduction
-from lightning_easyscale.reduction.orders import ring_fold, tree_fold
+from lightning_easyscale.reduction.orders import ring_fold, ring_sum, tree_fold
+from lightning_easyscale.reduction.wire import Wire
 
 OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -51,6 +52,13 @@ def ring_differs(
         consumed = ring_fold(parts, OPS[op], consume=True)
         if not (torch.equal(got, expected) and untouched and torch.equal(consumed, expected)):
             wrong.append(f"N={n} size={size} {name} {op}")
+        if op == "sum":
+            parts = [part.clone() for part in kept]
+            ring_sum(parts, apart := torch.empty_like(parts[0]))
+            untouched = all(torch.equal(a, b) for a, b in zip(parts, kept, strict=True))
+            ring_sum(parts, parts[0])
+            if not (torch.equal(apart, expected) and untouched and torch.equal(parts[0], expected)):
+                wrong.append(f"N={n} size={size} {name} {op} at once")
     return wrong
 
 
@@ -83,6 +91,14 @@ class ForcedRing(RingReduction):
         return False
 
 
+class FlatRing(ForcedRing):
+    """The same over flat copies of the gradients, as on a device."""
+
+    def _ring(self, wire: Wire, local: LocalGradients | FlatGradients, out: Tensor) -> Tensor:
+        assert isinstance(local, LocalGradients)
+        return super()._ring(wire, local.flat(), out)
+
+
 def reduced_by(
     reduction: RingReduction | TreeReduction | NativeReduction, index: int, parts: list[Tensor], device: str = "cpu"
 ) -> Callable[[], Tensor]:
@@ -107,7 +123,8 @@ def exchange_differs(
     n, wrong = where.num_ests, []
     mine = where.ranges[rank]
     alone = group if group.size() > 1 else None
-    for kind, fold in ((RingReduction, ring_fold), (ForcedRing, ring_fold), (TreeReduction, tree_fold)):
+    rings = (RingReduction, ForcedRing, FlatRing)
+    for kind, fold in (*((ring, ring_fold) for ring in rings), (TreeReduction, tree_fold)):
         reduction = kind(where, rank, alone, n)
         cases = list(itertools.product(sizes, dtypes))
         waits = []
