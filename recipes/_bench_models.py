@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 MODELS = ("resnet18", "tiny", "empty")
-_SAMPLES = 64
+_BATCHES = 2
 
 
 class _Block(nn.Module):
@@ -85,24 +85,33 @@ class BenchModule(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-class _Samples(Dataset[tuple[Tensor, Tensor]]):
-    def __init__(self, image_size: int, length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(_SAMPLES, 3, image_size, image_size, generator=generator)
-        self.labels = torch.randint(0, 10, (_SAMPLES,), generator=generator)
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, image_size: int, batch_size: int, length: int, *, pin: bool) -> None:
+        options: Any = {"generator": torch.Generator().manual_seed(0), "pin_memory": pin}
+        images = torch.randn(_BATCHES, batch_size, 3, image_size, image_size, **options)
+        labels = torch.randint(0, 10, (_BATCHES, batch_size), **options)
+        self.batches = list(zip(images, labels, strict=True))
         self.length = length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index % _SAMPLES], self.labels[index % _SAMPLES]
+        return self.batches[index % _BATCHES]
 
 
-def loader(model: str, image_size: int, batch_size: int, batches: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """`batches` batches in all, over all ranks; loaded in the main process."""
+def loader(model: str, image_size: int, batch_size: int, batches: int, *, pin: bool) -> DataLoader[Any]:
+    """`batches` batches in all, over all ranks, from a few that were made at the start; loading them costs nothing.
+
+    Args:
+        model: one of `MODELS`.
+        image_size: pixels along an edge.
+        batch_size: samples per batch.
+        batches: over all ranks.
+        pin: keep them in pinned memory.
+    """
     size = 1 if model == "empty" else image_size
-    return DataLoader(_Samples(size, batches * batch_size), batch_size=batch_size)
+    return DataLoader(_Batches(size, batch_size, batches, pin=pin), batch_size=None)
 
 
 class _Repeated(Dataset[Any]):

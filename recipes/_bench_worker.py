@@ -276,9 +276,8 @@ def main(side: Side) -> None:
         else:
             trainer.fit(module, datamodule=data)
         return
-    trainer.fit(
-        BenchModule(model, side.image_size), loader(model, side.image_size, side.batch_size, steps * side.workers)
-    )
+    batches = loader(model, side.image_size, side.batch_size, steps * side.workers, pin=side.accelerator == "gpu")
+    trainer.fit(BenchModule(model, side.image_size), batches)
 
 
 def memory() -> dict[str, int]:
