@@ -11,8 +11,9 @@
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
+# g++ is for D2's `portable` policy: the CPU's kernels, and the launchers that Triton compiles.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make \
+    && apt-get install -y --no-install-recommends make g++ \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/lightning_easyscale
