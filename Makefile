@@ -4,6 +4,7 @@
 #   make test PYTHON=python3.12        another interpreter
 #   make demo PIP_ARGS="..."           extra arguments for pip, for example another torch build
 #   make test TEST_JOBS=0              tests one after the other, in this terminal
+#   make test-machine-code TRITON=3.8.0
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,8 @@ PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 TEST_JOBS ?= 2
+# The one that torch 2.11 comes with on CUDA.
+TRITON ?= 3.6.0
 
 python := $(VENV)/bin/python
 # A file's tests share reference runs. In order of name, the long files do not come last.
@@ -19,10 +22,10 @@ pip_install := PIP_DISABLE_PIP_VERSION_CHECK=1 $(python) -m pip install --quiet 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev install-workloads demo lint test test-all test-gpu keep-reports clean
+.PHONY: help install install-dev install-workloads demo lint test test-all test-gpu test-machine-code keep-reports clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 install: $(VENV)/.installed  ## create .venv with the package and what the recipes need
 
@@ -50,6 +53,11 @@ test-all: lint  ## the same with the full product of cases; report in outputs/te
 test-gpu: $(VENV)/.installed-dev  ## tests that need a CUDA device; report in outputs/test-gpu
 	@mkdir -p outputs/test-gpu
 	$(python) -m pytest -m gpu --junit-xml=outputs/test-gpu/junit.xml $(PYTEST_ARGS)
+
+test-machine-code: $(VENV)/.installed-dev  ## what D2's GPU kernels are compiled to, without a GPU; installs Triton
+	$(pip_install) triton==$(TRITON)
+	$(python) -m pytest $(in_parallel) $(PYTEST_ARGS) \
+	  $(addprefix tests/kernels/test_,interpreted.py launch.py ptx.py sass.py tiles.py winograd.py)
 
 keep-reports: $(VENV)/.installed-dev  ## write recipes/results and README from the last test-all and test-gpu
 	$(python) -m tests.report $(wildcard outputs/test-all/*.xml outputs/test-gpu/*.xml) \

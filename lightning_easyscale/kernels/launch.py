@@ -24,8 +24,11 @@ _FLOAT = torch.float32
 
 # How Triton itself starts compiled code, the same in 3.6 to 3.9, and what its launcher does then.
 _START = "self.run(grid[0], grid[1], grid[2], stream, self.function, self.packed_metadata, launch_metadata,"
-_LAUNCH = """self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,
-                    global_scratch, profile_scratch, *args)"""  # 3.6
+_HEAD = """self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl,
+                    """
+_SPREAD = f"{_HEAD}global_scratch, profile_scratch, *args)"  # 3.6
+_PACKED = f"""{_HEAD}kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch,
+                    profile_scratch, self.arg_annotations, self.kernel_signature, kernel_args)"""  # 3.8
 
 
 def _can_start_code() -> bool:
@@ -42,21 +45,34 @@ _DIRECT = _can_start_code()
 _hooks: Any = triton.knobs.runtime if _DIRECT else None
 
 
-def _launches_as_known(launcher: Any) -> bool:
-    """Whether this launcher only hands its arguments to compiled code where no scratch memory is needed."""
+def _source_of(launcher: Any) -> str:
     try:
-        return _LAUNCH in inspect.getsource(type(launcher).__call__)
+        return inspect.getsource(type(launcher).__call__)
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def _start(made: CompiledKernel) -> tuple[Any, ...]:
-    """What starts code, and its arguments between the function and those of the kernel."""
+    """What starts code, and its arguments between the function and those of the kernel.
+
+    Where no scratch memory is needed, Triton's launcher only hands its arguments to a function in C.
+    """
     launcher = made.run
-    given = (made.packed_metadata, None, None, None)
-    if _launches_as_known(launcher) and launcher.global_scratch_size == launcher.profile_scratch_size == 0:
-        return launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, *given)
-    return launcher, given
+    how, source = (made.packed_metadata, None, None, None), _source_of(launcher)
+    spread, packs = _SPREAD in source, _PACKED in source
+    if not (spread or packs) or launcher.global_scratch_size or launcher.profile_scratch_size:
+        return launcher, how
+    launch, options = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    if spread:
+        return launch, (*options, None, None, *how)
+    if launcher.gsan_enabled:
+        return launcher, how
+    given = (*options, *how, None, None, launcher.arg_annotations, launcher.kernel_signature)
+
+    def packed(x: int, y: int, z: int, stream: int, function: int, *arguments: Any) -> None:
+        launch(x, y, z, stream, function, *given, arguments)
+
+    return packed, ()
 
 
 class Launch:

@@ -81,18 +81,21 @@ def driver(monkeypatch, tmp_path):
     triton.runtime.driver.set_active(before)
 
 
-def test_code_is_started_with_what_tritons_launcher_would_give():
+def test_code_is_started_with_what_tritons_launcher_would_give(driver):
     nvidia = pytest.importorskip("triton.backends.nvidia.driver")
     calls: list[tuple[Any, ...]] = []
     launcher = object.__new__(nvidia.CudaLauncher)
     vars(launcher).update(launch=lambda *given: calls.append(given), num_ctas=1, launch_pdl=False)
-    vars(launcher).update(launch_cooperative_grid=True, arg_annotations=None, kernel_signature=None)
+    vars(launcher).update(launch_cooperative_grid=True, arg_annotations="annotations", kernel_signature="signature")
+    vars(launcher).update(gsan_enabled=False)
     vars(launcher).update(dict.fromkeys(("global_scratch_size", "profile_scratch_size"), 0))
     vars(launcher).update(dict.fromkeys(("global_scratch_align", "profile_scratch_align"), 1))
     made = SimpleNamespace(run=launcher, packed_metadata="metadata")
     run, given = launching._start(made)
     run(1, 2, 3, "stream", "function", *given, 4, 5)
+    assert len(calls) == 1
     launcher(1, 2, 3, "stream", "function", "metadata", None, None, None, 4, 5)
+    assert run is not launcher
     assert calls[0] == calls[1]
     launcher.global_scratch_size = 8
     assert launching._start(made)[0] is launcher
