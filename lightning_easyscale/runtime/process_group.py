@@ -73,6 +73,15 @@ class VirtualProcessGroup(_ProcessGroup):
         """The group's name; torch's own attribute has none for a group without C++ backends."""
         return self._name
 
+    @property
+    def _device_types(self) -> list[torch.device]:
+        """The devices of a group; torch 2.14 looks for the CPU among them before a `monitored_barrier`."""
+        return [torch.device("cpu"), torch.device("cuda")]
+
+    def _get_backend(self, device: torch.device) -> VirtualProcessGroup:
+        """What a group uses for a device; torch 2.14 asks whether it can coalesce, which this cannot."""
+        return self
+
     def size(self) -> int:
         """Number of ESTs in the group."""
         return len(self._channel.ranks)

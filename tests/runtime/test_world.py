@@ -31,6 +31,18 @@ def test_an_est_and_the_threads_it_starts_see_its_rank() -> None:
     assert results == {r: [(True, r, 3, "gloo")] * 2 for r in range(3)}
 
 
+def test_a_group_serves_cpu_and_cuda_as_one_over_gloo_does() -> None:
+    """Torch 2.14 looks at these before it sends batches of messages, or waits at a monitored barrier."""
+
+    def est(rank: int) -> Any:
+        group = c10d._get_default_group()
+        backends = [group._get_backend(device) for device in group._device_types]
+        coalesces = [getattr(backend, "supports_coalescing", False) for backend in backends]
+        return sorted(c10d._device_capability(group)), coalesces, c10d._get_object_coll_device(group)
+
+    assert ests(None, 0, (2,), est) == dict.fromkeys(range(2), (["cpu", "cuda"], [False, False], "cpu"))
+
+
 def test_the_physical_world_can_be_looked_at_from_inside() -> None:
     def est(rank: int) -> Any:
         with physical_world():
