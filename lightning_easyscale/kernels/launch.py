@@ -28,7 +28,8 @@ _HEAD = """self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooper
                     """
 _SPREAD = f"{_HEAD}global_scratch, profile_scratch, *args)"  # 3.6
 _PACKED = f"""{_HEAD}kernel_metadata, launch_metadata, launch_enter_hook, launch_exit_hook, global_scratch,
-                    profile_scratch, self.arg_annotations, self.kernel_signature, kernel_args)"""  # 3.8
+                    profile_scratch, self.arg_annotations, self.kernel_signature, """
+_ENDS = ("args)", "kernel_args)")  # 3.7, 3.8
 
 
 def _can_start_code() -> bool:
@@ -59,13 +60,13 @@ def _start(made: CompiledKernel) -> tuple[Any, ...]:
     """
     launcher = made.run
     how, source = (made.packed_metadata, None, None, None), _source_of(launcher)
-    spread, packs = _SPREAD in source, _PACKED in source
+    spread, packs = _SPREAD in source, any(_PACKED + end in source for end in _ENDS)
     if not (spread or packs) or launcher.global_scratch_size or launcher.profile_scratch_size:
         return launcher, how
     launch, options = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
     if spread:
         return launch, (*options, None, None, *how)
-    if launcher.gsan_enabled:
+    if getattr(launcher, "gsan_enabled", False):  # 3.8: a sanitizer that has arguments of its own
         return launcher, how
     given = (*options, *how, None, None, launcher.arg_annotations, launcher.kernel_signature)
 
