@@ -4,7 +4,7 @@
 #   make test PYTHON=python3.12        another interpreter
 #   make demo PIP_ARGS="..."           extra arguments for pip, for example another torch build
 #   make test TEST_JOBS=0              tests one after the other, in this terminal
-#   make test-machine-code TRITON=3.8.0
+#   make test-machine-code TRITON=3.8.0   what another Triton makes of D2's kernels
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -136,7 +136,7 @@ def test_make_lists_its_commands():
     if make is None:
         pytest.skip("make is not installed")
     done = subprocess.run([make, "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-    for target in ("demo", "test", "test-all", "test-gpu", "clean"):
+    for target in ("demo", "test", "test-all", "test-gpu", "test-machine-code", "clean"):
         assert re.search(rf"^  make {target} ", done.stdout, re.MULTILINE)
 
 

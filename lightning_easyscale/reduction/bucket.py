@@ -193,11 +193,8 @@ class LocalGradients:
     def gathered(self) -> FlatGradients | None:
         """Copies that are cheaper to read part by part; None if there are none, or they take too much memory."""
         form, k = self.form, len(self.pieces)
-        if form.device.type == "cpu" or k * form.numel * form.dtype.itemsize > _FLAT_BYTES:
-            return None
-        if len(form.members) == 1 or k == 1:
-            return None
-        return self.flat()
+        launched = form.device.type != "cpu" and len(form.members) > 1 and k > 1
+        return self.flat() if launched and k * form.numel * form.dtype.itemsize <= _FLAT_BYTES else None
 
     def flat(self) -> FlatGradients:
         """Scaled copies."""

@@ -22,6 +22,7 @@ from .cases import CASES, Case, operands, run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sass.disassembler() is None, reason="neither Triton nor PATH has nvdisasm")
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 TARGETS = [80, 90, 100]  # compute capabilities; from 100 on two numbers are added at once
 
 
@@ -39,9 +40,10 @@ def test_every_rounding_is_the_formats(kernel, constants, fuses, capability, tmp
     assert asked["fma"] == compiled.fused_in_source(made)
     assert {word: n > 0 for word, n in there.items()} == {word: n > 0 for word, n in asked.items()}
     if not sass.loops(made.asm["ptx"]):
-        # The assembler may do a product twice to spare a register; what it fused would be missing.
-        assert there["fma"] == asked["fma"]
-        assert all(there[word] >= n for word, n in asked.items())
+        if TRITON >= (3, 8):
+            # Its assembler may do a product twice to spare a register; one that it fused would be missing.
+            there["mul"] = min(there["mul"], asked["mul"])
+        assert there == asked
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,16 @@ def test_arguments_that_contradict_each_other_are_refused() -> None:
         reduction.start(0, [torch.ones(3).to_sparse(), torch.ones(3).to_sparse()])
     with pytest.raises(ValueError, match="`blocks` of bucket 1 are not the partial sums"):
         reduction.start_blocks(1, [Block(0, 1, torch.ones(1)), Block(1, 1, torch.ones(1))])
+
+
+@pytest.mark.parametrize(
+    ("device", "ests", "size", "flat"),
+    [("meta", 3, 1000, True), ("cpu", 3, 1000, False), ("meta", 1, 1000, False), ("meta", 3, 1, False)]
+    + [("meta", 4, 1 << 26, True), ("meta", 4, (1 << 26) + 1, False)],
+)
+def test_gradients_are_made_flat_where_launches_cost_more_and_memory_allows(
+    device: str, ests: int, size: int, flat: bool
+) -> None:
+    """Not on a CPU, nor for one EST or one parameter, nor past 1 GiB."""
+    gathered = local_gradients([torch.empty(size, device=device)] * ests, device).gathered()
+    assert (gathered is not None) is flat
