@@ -151,6 +151,25 @@ def device_type(name: str, *, emulate: bool | None = None) -> DeviceType:
     raise ValueError(_unknown_type(name, emulate))
 
 
+def refuse_shared_gpus(uuids: Sequence[str]) -> None:
+    """Refuse executors that share a GPU, for NCCL, which gives each GPU to one process.
+
+    Args:
+        uuids: the GPU of each executor, as CUDA identifies it.
+
+    Raises:
+        ValueError: if two are the same, with the executors and the cure.
+    """
+    for executor, uuid in enumerate(uuids):
+        first = uuids.index(uuid)
+        if first != executor:
+            raise ValueError(
+                f"executors {first} and {executor} are both on the GPU {uuid}, which NCCL allows one process only."
+                " HINT: agents of torchrun on one host need `CUDA_VISIBLE_DEVICES`, or one agent with a"
+                " `--nproc-per-node` for all; to share a GPU on purpose, pass `process_group_backend='gloo'`."
+            )
+
+
 def environment_of(name: str, *, emulate: bool | None = None) -> dict[str, str]:
     """The variables an executor of type `name` starts with; errors as `device_type`."""
     return dict(device_type(name, emulate=emulate).environment)

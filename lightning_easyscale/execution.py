@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,6 +22,7 @@ from . import _lightning as pl
 from . import determinism as det
 from . import kernels
 from .compatibility import check_module
+from .devices import refuse_shared_gpus
 from .elastic.events import report
 from .elastic.membership import World, enter, generation, is_member, next_world
 from .elastic.notice import StopNotice
@@ -125,6 +127,9 @@ class Execution:
             warm_up(strategy.root_device, backend)
         report("ready", executor=strategy.executor_index)
         peers = connect(strategy.executor_index, placement.num_executors, backend=backend, timeout=timeout)
+        if backend == "nccl" and strategy.root_device.type == "cuda":
+            own = torch.cuda.get_device_properties(strategy.root_device)
+            refuse_shared_gpus(peers.all_gather_object(str(own.uuid)))
         agree_on_seed(peers)
         session = strategy.session = Session(
             strategy,

@@ -24,7 +24,7 @@ def run_under_agents(spec: RunSpec, directory: Path, counts: Sequence[int], *, s
     """Run a job on a number of agents after the other.
 
     Args:
-        spec: the job, with a file that ends it.
+        spec: the job, on one device as every agent sees it, with a file that ends it.
         directory: its folder.
         counts: agents of each stage.
         steps: optimizer steps of each stage, at least.
@@ -41,7 +41,8 @@ def run_under_agents(spec: RunSpec, directory: Path, counts: Sequence[int], *, s
     events = directory / "events.jsonl"
     environment = {**os.environ, FOLDER_VARIABLE: str(directory), EVENTS_VARIABLE: str(events)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # torch 2.13: else agents that join do not find it
-    agents = _Agents(directory, environment)
+    on_gpus = not spec.devices.startswith("cpu:")
+    agents = _Agents(directory, environment, on_gpus=on_gpus)
     deadline = time.monotonic() + timeout_s
     reader, formed, stepped = EventReader(events), 0, False
     try:
@@ -65,14 +66,14 @@ def run_under_agents(spec: RunSpec, directory: Path, counts: Sequence[int], *, s
 
 
 class _Agents:
-    """Running agents; the first, at whose store they meet, stays."""
+    """Running agents, each with a GPU of its own if they are on GPUs; the first, at whose store they meet, stays."""
 
-    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+    def __init__(self, directory: Path, environment: dict[str, str], *, on_gpus: bool) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.log = directory / "agents.log"
-        self._environment = environment
+        self._environment, self._on_gpus = environment, on_gpus
         self._command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:8", "--nproc-per-node=1"]
         self._command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=easyscale"]
         self._meeting = f"--rdzv-conf=last_call_timeout={_LAST_CALL},keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -97,8 +98,11 @@ class _Agents:
                 # On one host each of them could keep the store, and the one that is first there would.
                 meeting = f"{self._meeting},is_host={'false' if self._running else 'true'}"
                 command = [*self._command, meeting, *self._arguments]
+                own = {"CUDA_VISIBLE_DEVICES": str(len(self._running))} if self._on_gpus else {}
                 self._running.append(
-                    subprocess.Popen(command, env=self._environment, stdout=out, stderr=out, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=self._environment | own, stdout=out, stderr=out, start_new_session=True
+                    )
                 )
 
     def finish(self, deadline: float) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, List  # noqa: UP035  OmegaConf reads these at run time
 
@@ -128,7 +128,8 @@ def run_job(conf: RescaleConf, way: str, directory: Path, data: Path, console: C
     spec = make_spec(conf, directory, data)
     counts = list(conf.counts) * conf.cycles
     if way == "torchrun":
-        events = run_under_agents(spec, directory / "job", counts, steps=conf.steps, timeout_s=conf.timeout_s)
+        one = replace(spec, devices=f"{conf.device}:1")
+        events = run_under_agents(one, directory / "job", counts, steps=conf.steps, timeout_s=conf.timeout_s)
         return read_spans(events, _NEVER)
     stages = [LiveStage({conf.device: count}, steps=conf.steps) for count in counts]
     live = ElasticRun(

@@ -15,6 +15,7 @@ from lightning_easyscale.devices import (
     environment_of,
     parse_devices,
     pinned_environment,
+    refuse_shared_gpus,
 )
 from lightning_easyscale.emulation import EMULATED_TYPES, ISA_VARIABLES, HostCPU
 
@@ -269,3 +270,9 @@ def test_cuda_types_are_not_probed(monkeypatch):
 def test_device_types_can_be_keys():
     assert len({DeviceType("a", "cpu", ("x", "y"), {"K": "1"}), DeviceType("a", "cpu", ("x", "y"), {"K": "1"})}) == 1
     assert set(ISA_VARIABLES) >= set(environment_of("cpu"))
+
+
+def test_executors_that_share_a_gpu_are_named():
+    refuse_shared_gpus(["GPU-a", "GPU-b", "GPU-c"])
+    with pytest.raises(ValueError, match=r"executors 1 and 3 are both on the GPU GPU-b.*CUDA_VISIBLE_DEVICES"):
+        refuse_shared_gpus(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])

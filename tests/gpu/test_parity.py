@@ -143,3 +143,8 @@ def test_two_ests_of_a_workload_equal_stock_over_nccl(tmp_path, tmp_path_factory
     for overlap in (False, True):
         held = {"kind": "easyscale", "split": [2], "digest_at": [1, 5], "overlap": overlap}
         assert_equal(run(tmp_path, f"one {overlap}", processes=1, **held, **common), reference)
+
+
+def test_executors_on_one_gpu_over_nccl_are_told_what_to_do(tmp_path):
+    with pytest.raises(AssertionError, match=r"executors 0 and 1 are both on the GPU .* HINT: agents of torchrun"):
+        run(tmp_path, "ours", processes=2, kind="easyscale", n=2, split=[1, 1], model="resnet", backend="nccl")
