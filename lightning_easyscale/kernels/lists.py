@@ -20,9 +20,11 @@ _dtype = attrgetter("dtype")
 
 def _times(xs: Any, value: Any) -> tuple[Any, bool]:
     """The product with a number or a list of numbers, of tensors, and whether it was made; numbers stay."""
-    if not isinstance(xs, (list, tuple)) or not isinstance(xs[0], Tensor):
-        return xs, False
     if isinstance(value, (int, float)) and value == 1:
+        return xs, False
+    if isinstance(xs, Tensor):
+        return xs * value, True
+    if not isinstance(xs, (list, tuple)) or not isinstance(xs[0], Tensor):
         return xs, False
     return torch._foreach_mul(xs, value), True
 
@@ -87,7 +89,11 @@ def _can_be_together(name: str, operands: Iterable[Any]) -> bool:
             if {*map(_dtype, operand)} != {torch.float32}:
                 return False
             devices.update(map(Tensor.get_device, operand))
-        elif isinstance(operand, Tensor) or (name == "lerp" and isinstance(operand, (list, tuple))):
+        elif isinstance(operand, Tensor):  # optimizers count steps so
+            if name != "add" or operand.dim() or operand.dtype is not torch.float32:
+                return False
+            devices.add(operand.get_device())
+        elif name == "lerp" and isinstance(operand, (list, tuple)):
             return False
     # What is on no CUDA device is on the CPU, whose square root is not exact, or on none.
     return (

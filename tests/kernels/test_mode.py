@@ -109,7 +109,14 @@ def test_without_a_compiler_the_refusal_names_the_cure(tmp_path):
 
 
 LISTS = {
-    "add": [(2,), ("list",), ("list", {"alpha": 0.3})],
+    "add": [
+        (2,),
+        ("list",),
+        ("list", {"alpha": 0.3}),
+        (torch.tensor(0.7),),
+        (torch.tensor(0.7), {"alpha": 0.3}),
+        (torch.tensor(0.7, dtype=torch.float64),),
+    ],
     "sub": [("list",), ("list", {"alpha": 0.3})],
     "div": [(3,), ("list",), ([3.0, 7.0, 0.1],)],
     "addcmul": [("list", "list"), ("list", "list", {"value": 0.3}), ("list", "list", [0.1, 0.2, 0.3])],
@@ -134,6 +141,8 @@ def test_operations_on_lists_in_place_have_the_bits_of_those_that_are_not(name, 
         expected = getattr(torch, f"_foreach_{name}")(start, *operands, **options)
         getattr(torch, f"_foreach_{name}_")(changed, *operands, **options)
         single = [getattr(x, name) for x in start]
+        if len(operands) == 1 and isinstance(operands[0], torch.Tensor):
+            operands = [operands * len(start)]
         if len(operands) == 1 and isinstance(operands[0], list) and isinstance(operands[0][0], torch.Tensor):
             one_by_one = [function(y, **options) for function, y in zip(single, operands[0], strict=True)]
             assert all(torch.equal(x, y) for x, y in zip(one_by_one, expected, strict=True))
@@ -149,6 +158,14 @@ def test_an_addition_in_place_has_the_bits_of_one_that_is_not(dtype, other):
         with portable():
             expected = torch.add(x, other, **options).to(dtype)
             assert torch.equal(x.clone().add_(other, **options), expected)
+
+
+def test_the_steps_that_optimizers_count_are_added_at_once(monkeypatch):
+    steps, one = [torch.zeros(()) for _ in range(3)], torch.tensor(1.0)
+    monkeypatch.setattr("lightning_easyscale.kernels.arithmetic._once", None)  # for single tensors
+    with portable():
+        torch._foreach_add_(steps, one, alpha=1.0)
+    assert steps == [1, 1, 1]
 
 
 def test_operations_pay_for_no_switch_of_torchs_compiler():
