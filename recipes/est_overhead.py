@@ -6,13 +6,15 @@ of its own:
 - ``easyscale``: k ESTs in each of P processes (switching on);
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), for P = 1;
 - ``ddp``: stock DDP on P devices, one mini-batch a step;
-- ``host`` (default: on a GPU): the ESTs again in the `tree` order with ``gradient_offload="host"``.
+- ``host`` (default: on a GPU): the ESTs again in the `tree` order with ``gradient_offload="host"``;
+- ``overlap`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True``.
 
-Fig. 11 is the first over the second. Fig. 13 divides an executor's step into the times in which each EST had the baton:
-a middle EST's forward, backward and fold, and the last one's, which also completes the exchange; both beside a DDP
-worker's step. ``est_overhead.json``, ``est_overhead.csv`` and two figures go into ``hydra.run.dir``, with the published
-ratios beside: absolute times are those of other hardware and are not compared. Each finished workload is kept at once;
-the same command with the same directory goes on where ``seconds``, or a time limit, has ended it.
+Fig. 11 is the first over the second, and the last over it stands beside. Fig. 13 divides an executor's step into the
+times in which each EST had the baton: a middle EST's forward, backward and fold, and the last one's, which also
+completes the exchange; both beside a DDP worker's step. ``est_overhead.json``, ``est_overhead.csv`` and two figures go
+into ``hydra.run.dir``, with the published ratios beside: absolute times are those of other hardware and are not
+compared. Each finished workload is kept at once; the same command with the same directory goes on where ``seconds``, or
+a time limit, has ended it.
 """
 
 from __future__ import annotations
@@ -81,6 +83,7 @@ class EstOverheadConf:
         ests: k, of each process.
         executors: P, processes with a device each.
         host: whether to run ``gradient_offload="host"`` too; default: on a GPU.
+        overlap: whether to run ``overlap_backward=True`` too, for one executor; default: on a GPU.
         blocks: timed blocks of each side.
         steps: optimizer steps of a block.
         warmup: steps before the first.
@@ -99,6 +102,7 @@ class EstOverheadConf:
     ests: int = 4
     executors: int = 1
     host: Optional[bool] = None  # noqa: UP045
+    overlap: Optional[bool] = None  # noqa: UP045
     blocks: int = 7
     steps: int = 3
     warmup: int = 2
@@ -171,9 +175,11 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
     kinds = ["easyscale", *(["accumulate"] if conf.executors == 1 else []), "ddp"]
     if gpu if conf.host is None else conf.host:
         kinds.append("host")
+    if conf.executors == 1 and (gpu if conf.overlap is None else conf.overlap):
+        kinds.append("overlap")
     sides = {
         kind: Side(
-            kind="easyscale" if kind == "host" else kind,
+            kind="easyscale" if kind in ("host", "overlap") else kind,
             model=name,
             workers=conf.executors if kind == "ddp" else conf.ests * conf.executors,
             executors=conf.executors,
@@ -190,6 +196,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             workload=workload,
             precision=conf.precision,
             offload="host" if kind == "host" else None,
+            overlaps=kind == "overlap",
             slices=kind == "easyscale",
         )
         for kind in kinds
@@ -214,6 +221,8 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             row[f"published_{part}"] = published / PUBLISHED_PARTS_MS[name][0]
     if "host" in times:
         row |= _ratio("host", times["host"], times["easyscale"])
+    if "overlap" in times:
+        row |= _ratio("overlap", times["overlap"], times["accumulate"])
     for kind, side in entries.items():
         row |= {f"{kind}_{key}_mib": side[-1][key] / 2**20 for key in ("allocated", "reserved") if key in side[-1]}
     return {**row, "blocks": blocks}
@@ -251,19 +260,22 @@ def write(report: dict[str, Any], directory: Path) -> None:
 
 def draw(directory: Path, report: dict[str, Any]) -> None:
     """``est_overhead.png`` for Fig. 11 and ``est_parts.png`` for Fig. 13: bars with ranges, the published beside."""
-    bars: dict[str, list[tuple[str, str, str]]] = {
-        "est_overhead": [("ratio", "published_ratio", "switching on / off")],
+    bars: dict[str, list[tuple[str, str | None, str]]] = {
+        "est_overhead": [
+            ("ratio", "published_ratio", "switching on / off"),
+            ("overlap", None, "on, backward beside forward / off"),
+        ],
         "est_parts": [
             ("middle", "published_middle", "middle EST / DDP worker"),
             ("last", "published_last", "last EST / DDP worker"),
         ],
     }
-    for name, panels in bars.items():
-        if panels[0][0] in report["rows"][0]:
+    for name, all_panels in bars.items():
+        if panels := [panel for panel in all_panels if panel[0] in report["rows"][0]]:
             _draw_bars(directory / f"{name}.png", report, panels)
 
 
-def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str, str]]) -> None:
+def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str | None, str]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -278,7 +290,8 @@ def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str, 
             first = number == 0
             axes.bar(number - 0.2, row[ours], 0.4, color="#0072B2", label="measured here" if first else None)
             axes.plot([number - 0.2] * 2, [row[f"{ours}_least"], row[f"{ours}_greatest"]], color="0.2", linewidth=1)
-            axes.bar(number + 0.2, row[published], 0.4, color="0.7", label="published, V100" if first else None)
+            if published is not None:
+                axes.bar(number + 0.2, row[published], 0.4, color="0.7", label="published, V100" if first else None)
         axes.axhline(1.0, color="0.4", linewidth=0.8)
         axes.set_xticks(range(len(rows)), [row["workload"] for row in rows])
         axes.set_ylabel(f"time per mini-batch,\n{label}")
@@ -307,6 +320,8 @@ def lines(row: dict[str, Any]) -> list[str]:
         f" {row['published_middle']:.3f}; the last {ratio('last')}, published {row['published_last']:.3f};"
         f" the lead {ratio('lead')}"
     )
+    if "overlap" in row:
+        out.append(f"{row['workload']:13} overlap_backward=True over off {ratio('overlap')}")
     if "host" in row:
         out.append(f"{row['workload']:13} gradient_offload='host' over none {ratio('host')}")
     return out

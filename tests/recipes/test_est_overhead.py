@@ -47,16 +47,17 @@ def test_published_ratios_are_those_of_the_paper():
 @pytest.mark.matrix
 def test_one_workload_from_end_to_end(tmp_path):
     command = [sys.executable, "-m", "recipes.est_overhead", f"hydra.run.dir={tmp_path}", "workloads=[neumf]"]
-    command += ["ests=2", "blocks=2", "steps=1", "warmup=1", "accelerator=cpu", "threads=1", "host=true"]
+    command += ["ests=2", "blocks=2", "steps=1", "warmup=1", "accelerator=cpu", "threads=1"]
+    command += ["host=true", "overlap=true"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "neumf" in done.stdout
     report = json.loads((tmp_path / "est_overhead.json").read_text())
     (row,) = report["rows"]
-    assert min(row[name] for name in ("ratio", "lead", "middle", "last", "host")) > 0
+    assert min(row[name] for name in ("ratio", "lead", "middle", "last", "host", "overlap")) > 0
     assert {kind: len(side) for kind, side in row["blocks"].items()} == dict.fromkeys(
-        ("easyscale", "accumulate", "ddp", "host"), 2
+        ("easyscale", "accumulate", "ddp", "host", "overlap"), 2
     )
     for block in row["blocks"]["easyscale"]:
         # Two ESTs that share a step's time, and never hold the baton together.
@@ -72,8 +73,7 @@ def test_one_workload_from_end_to_end(tmp_path):
 
     # What is there is kept: nothing is started again.
     (tmp_path / "sides").rename(tmp_path / "old")
-    conf = EstOverheadConf(
-        workloads=["neumf"], ests=2, blocks=2, steps=1, warmup=1, accelerator="cpu", threads=1, host=True
-    )
+    sides = {"accelerator": "cpu", "threads": 1, "host": True, "overlap": True}
+    conf = EstOverheadConf(workloads=["neumf"], ests=2, blocks=2, steps=1, warmup=1, **sides)
     measure(conf, tmp_path, Console())
     assert not (tmp_path / "sides").exists()
