@@ -32,9 +32,9 @@ from .placement import Placement
 from .reduction.build import collect_gradients
 from .reduction.collector import ESTDataParallel
 from .reduction.gradients import GradientReduce
+from .reduction.host import Offload
 from .reduction.layout import BucketLayout
 from .reduction.orders import ring_fold
-from .reduction.tree import Offload
 from .rng import Generators
 from .runtime.channel import Channel
 from .runtime.collectives import on_host

@@ -25,8 +25,8 @@ from ..runtime.bulk import drop, gradients, has_none
 from .bucket import BucketForm, LocalGradients
 from .exchange import Finish, Reduction
 from .gradients import GradientReduce, Rendezvous
+from .host import Aside, Offload, to_host
 from .layout import BucketLayout, initial_layout, rebuilt_layout
-from .tree import Offload, to_host
 
 
 class BucketGradients(GradientReduce):
@@ -61,7 +61,7 @@ class BucketGradients(GradientReduce):
         super().__init__(reduction, private_gradients=private_gradients, rendezvous=rendezvous)
         self.layout = saved_layout
         self._reduction = reduction
-        self._offload = offload
+        self._aside = Aside() if offload is not None else None
         self._bucket_cap_mb = bucket_cap_mb
         self._searches = find_unused_parameters and not static_graph
         self._static_graph = static_graph
@@ -144,6 +144,8 @@ class BucketGradients(GradientReduce):
     @torch.no_grad()
     def _start(self, number: int) -> None:
         form = self._forms[number]
+        if self._aside is not None:
+            self._aside.join()
         pieces = [self._pieces(number, rank) for rank in self._ests]
         given = [self._given.pop((rank, number), None) for rank in self._ests]
         if not has_none(given):
@@ -188,18 +190,20 @@ class BucketGradients(GradientReduce):
 
     def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:
         """See `GradientReduce.finish`."""
-        if self._offload is not None and rank != self._ests[-1]:
-            self._let_wait(rank)
+        if self._aside is not None and rank != self._ests[-1]:
+            self._let_wait(rank, self._aside)
         super().finish(rank, used)
 
     @torch.no_grad()
-    def _let_wait(self, rank: int) -> None:
+    def _let_wait(self, rank: int, aside: Aside) -> None:
         """Move an EST's gradients to the host, where the first EST's results will not be: it gets new ones."""
         waiting = self._waiting[rank] = {}
         self._given = {key: grads for key, grads in self._given.items() if key[0] != rank}
         for form in self._forms[len(self._started) :]:
-            for slot, index in enumerate(form.members):
-                waiting[index] = to_host(self._piece(form, rank, slot))
+            pieces = [self._piece(form, rank, slot) for slot in range(len(form.members))]
+            with aside.after(*pieces):
+                waiting |= zip(form.members, map(to_host, pieces), strict=True)
+            for index in form.members:
                 if index not in self._unsure[rank]:
                     self._parameters[rank][index].grad = None
 

@@ -11,8 +11,8 @@ from ..placement import Placement
 from .bucket_gradients import BucketGradients
 from .exchange import NativeReduction, Reduction, RingReduction
 from .gradients import GradientReduce, Rendezvous
+from .host import Offload
 from .layout import BucketLayout
-from .tree import Offload
 from .tree_gradients import TreeGradients
 
 

@@ -356,6 +356,8 @@ class ESTDataParallel(nn.Module):
         self._expecting = False
         order, self._ready = list(self._ready), {}
         groups = self._may_group and not self._arrivals.groups and self._arrivals.begun
+        if self._overlap is None:
+            self._reduce.free_workspaces()
         self._reduce.finish(self.rank, used if reports else None)
         if groups:
             self._group(order)

@@ -177,11 +177,7 @@ def push_block(blocks: list[tuple[int, int, Tensor]], start: int, size: int, par
     """
     while blocks and blocks[-1][1] == size and blocks[-1][0] % (2 * size) == 0:
         start, _, left = blocks.pop()
-        if left.device != part.device:
-            # A sum that waited in host memory; addition commutes, so the device's memory may take the result.
-            part = part.add_(left.to(part.device, non_blocking=True))
-        else:
-            part = left.add_(part) if consume or size > 1 else left + part
+        part = left.add_(part) if consume or size > 1 else left + part
         size *= 2
     blocks.append((start, size, part))
 

@@ -9,14 +9,13 @@ contiguous range of k ESTs at most ``2 * floor(log2 k) + 1`` sums are alive, the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .host import Aside, to_host
 from .orders import check_parts, finish_blocks, push_block
-
-Offload = Literal["host"] | None
 
 
 class Block(NamedTuple):
@@ -37,13 +36,6 @@ def blocks_of(ests: range) -> list[tuple[int, int]]:
             size *= 2
         blocks.append((start, size))
     return blocks
-
-
-def to_host(flat: Tensor) -> Tensor:
-    """Copy of a device tensor in pinned host memory, enqueued on the current stream; a CPU tensor as it is."""
-    if flat.device.type == "cpu":
-        return flat
-    return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
 
 
 def combine(blocks: Iterable[Block]) -> Tensor:
@@ -80,24 +72,22 @@ class TreeFold:
     Args:
         range_of_ests: the contiguous EST ranks of this executor.
         n: number of ESTs of the job.
-        offload: ``"host"`` keeps the waiting partial sums in pinned host memory; a carry brings one of them back to
-            the device at a time. Without effect on CPU tensors.
+        aside: lets the waiting partial sums of CUDA tensors be kept in pinned host memory; a carry brings one of them
+            back to the device at a time. None keeps them where they are.
 
     Raises:
-        ValueError: if the range is empty, not contiguous or outside ``0..n-1``, or `offload` is unknown.
+        ValueError: if the range is empty, not contiguous or outside ``0..n-1``.
     """
 
-    def __init__(self, range_of_ests: range, n: int, *, offload: Offload = None) -> None:
+    def __init__(self, range_of_ests: range, n: int, *, aside: Aside | None = None) -> None:
         ests = range_of_ests
         if len(ests) == 0 or ests.step != 1 or ests.start < 0 or ests.stop > n:
             raise ValueError(
                 f"`range_of_ests={ests}` is not a contiguous, non-empty part of 0..{n - 1}."
                 " HINT: pass a range of the placement."
             )
-        if offload not in (None, "host"):
-            raise ValueError(f"`offload={offload!r}` is unknown. HINT: use None or 'host'.")
         self._ests = ests
-        self._offload = offload
+        self._aside = aside
         self._next = ests.start
         self._blocks: list[tuple[int, int, Tensor]] = []
         self._device: torch.device | None = None
@@ -128,20 +118,43 @@ class TreeFold:
         check_parts([*(total for _, _, total in self._blocks[-1:]), flat])
         self._next += 1
         self._device = flat.device
-        push_block(self._blocks, rank, 1, flat, consume=True)
-        if self._offload is not None and not self.complete:
-            start, size, total = self._blocks.pop()
-            self._blocks.append((start, size, to_host(total)))
+        if self._aside is None or not self._aside.serves(flat):
+            push_block(self._blocks, rank, 1, flat, consume=True)
+        else:
+            self._push_aside(rank, flat, self._aside)
+
+    def _push_aside(self, start: int, flat: Tensor, aside: Aside) -> None:
+        """`push_block` with sums that wait in host memory."""
+        size, carried = 1, []
+        while self._blocks and self._blocks[-1][1] == size and self._blocks[-1][0] % (2 * size) == 0:
+            start, _, waiting = self._blocks.pop()
+            carried.append(waiting)
+            size *= 2
+        arrived = torch.empty_like(flat) if carried else flat
+        with aside.after(flat, arrived):
+            for waiting in carried:
+                # Addition commutes, so the new gradient's memory may take the result.
+                flat.add_(arrived.copy_(waiting, non_blocking=True))
+            self._blocks.append((start, size, flat if self.complete else to_host(flat)))
 
     def partials(self) -> list[Block]:
         """Take the aligned blocks of the whole range, on the device of the gradients; the fold is empty afterwards.
+
+        With an `Aside` they are ready where its blocks end, not on the current stream.
 
         Raises:
             RuntimeError: if an EST of the range is still missing.
         """
         if not self.complete or self._device is None:
             raise RuntimeError(f"EST {self._next} has not finished. HINT: push every EST of {self._ests} first.")
-        blocks = [Block(start, size, total.to(self._device, non_blocking=True)) for start, size, total in self._blocks]
+        blocks = [Block(start, size, self._at_home(total)) for start, size, total in self._blocks]
         self._blocks = []
         self._next = self._ests.start
         return blocks
+
+    def _at_home(self, total: Tensor) -> Tensor:
+        if self._aside is None or total.device == self._device:
+            return total
+        made = torch.empty_like(total, device=self._device)
+        with self._aside.after(made):
+            return made.copy_(total, non_blocking=True)

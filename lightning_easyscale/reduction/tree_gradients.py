@@ -12,6 +12,7 @@ buckets in index order; the grouping into buckets changes no bits, because the o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import compress, repeat
 
 import torch
@@ -25,9 +26,10 @@ from ..runtime.bulk import assign, below_autograd, drop, has_none
 from .bucket import BucketForm
 from .exchange import TreeReduction
 from .gradients import GradientReduce, Rendezvous
+from .host import Aside, Offload
 from .lane import Pending
 from .layout import rebuilt_layout
-from .tree import Offload, TreeFold
+from .tree import TreeFold
 
 _SHORT = 4096  # elements
 
@@ -62,7 +64,7 @@ class TreeGradients(GradientReduce):
     ) -> None:
         self._reduction = TreeReduction(placement, executor, group, placement.num_ests, before=before)
         super().__init__(self._reduction, private_gradients=private_gradients, rendezvous=rendezvous)
-        self._offload = offload
+        self._aside = Aside() if offload is not None else None
         self._bucket_cap_mb = bucket_cap_mb
         self._in_turn = in_turn
         self._begun: set[int] = set()
@@ -76,7 +78,7 @@ class TreeGradients(GradientReduce):
         layout = rebuilt_layout(range(len(parameters) - 1, -1, -1), parameters, self._bucket_cap_mb)
         places: dict[int, tuple[_Bucket, int]] = {}
         for members in layout.buckets:
-            bucket = _Bucket(members, parameters, self._ests, self.n, self._offload)
+            bucket = _Bucket(members, parameters, self._ests, self.n, self._aside)
             self._buckets.append(bucket)
             places.update({i: (bucket, slot) for slot, i in enumerate(members)})
         self._place = [places[i] for i in range(len(parameters))]
@@ -119,9 +121,12 @@ class TreeGradients(GradientReduce):
     def _start_whole(self) -> None:
         while len(self._pending) < len(self._buckets) and self._buckets[len(self._pending)].fold.complete:
             blocks = self._buckets[len(self._pending)].fold.partials()
-            self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
+            with nullcontext() if self._aside is None else self._aside.after(*(block.total for block in blocks)):
+                self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
 
     def _complete(self) -> None:
+        if self._aside is not None:
+            self._aside.join()
         pending, self._pending = self._pending, []
         self._begun = set()
         for number, (bucket, handle) in enumerate(zip(self._buckets, pending, strict=True)):
@@ -145,10 +150,10 @@ class _Bucket(BucketForm):
     """One group of parameters: its flat buffers under way and its binary counter."""
 
     def __init__(
-        self, members: Sequence[int], parameters: Sequence[Parameter], ests: range, n: int, offload: Offload
+        self, members: Sequence[int], parameters: Sequence[Parameter], ests: range, n: int, aside: Aside | None
     ) -> None:
         super().__init__(members, parameters)
-        self.fold = TreeFold(ests, n, offload=offload)
+        self.fold = TreeFold(ests, n, aside=aside)
         # On a CPU, scaling after copying would go over long members twice.
         self._scales_flat = self.device.type != "cpu" or self.numel < _SHORT * len(members)
         self._taken: dict[int, dict[int, Tensor | None]] = {}

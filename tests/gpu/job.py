@@ -140,6 +140,7 @@ def main(spec: dict[str, Any]) -> None:
             ests_per_executor=spec["split"],
             reduction=spec["reduction"],
             overlap_backward=spec["overlap"],
+            gradient_offload=spec["offload"],
             threads_per_est=2,
             process_group_backend=backend,
         )

@@ -45,6 +45,7 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
         "workload": None,
         "metrics": True,
         "overlap": False,
+        "offload": None,
         "devices": 1 if share else processes,
         "num_nodes": processes if share else 1,
         **spec,
@@ -88,6 +89,9 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
     reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
     assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[4], **common), reference)
     assert_equal(run(tmp_path, "beside", processes=1, kind="easyscale", split=[4], overlap=True, **common), reference)
+    assert_equal(
+        run(tmp_path, "waiting", processes=1, kind="easyscale", split=[4], offload="host", **common), reference
+    )
     # 4 -> 3 + 1 -> 1 + 3, handed over in mid-epoch.
     ckpt = str(tmp_path / "moved.ckpt")
     common["kind"] = "easyscale"
@@ -95,6 +99,15 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
     run(tmp_path, "moved", processes=2, split=[3, 1], steps=7, resume=ckpt, **common)
     run(tmp_path, "moved", processes=2, split=[1, 3], resume=ckpt, **common)
     assert_equal(moved, reference)
+
+
+@pytest.mark.parametrize("reduction", ["ddp", "tree"])
+def test_gradients_that_wait_in_host_memory_equal_four_processes(tmp_path, reduction):
+    common = {"n": 4, "model": "transformer", "reduction": reduction}
+    reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
+    for split in ([4], [3, 1]):
+        held = {"kind": "easyscale", "split": split, "offload": "host"}
+        assert_equal(run(tmp_path, f"ours {split}", processes=len(split), **held, **common), reference)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
+from lightning_easyscale.reduction.host import Aside, to_host
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
-from lightning_easyscale.reduction.tree import TreeFold, combine, to_host
+from lightning_easyscale.reduction.tree import TreeFold, combine
 from lightning_easyscale.runtime.collectives import all_reduce
 
 from .pool import Pool
@@ -38,10 +39,29 @@ def test_gradients_may_wait_in_host_memory() -> None:
     result = reduced_by(RingReduction(Placement((5,)), 0, None, 5), 0, [*waiting, parts[-1].cuda()], "cuda")()
     assert result.is_cuda
     assert torch.equal(result.cpu(), ring_fold(parts))
-    fold = TreeFold(range(5), 5, offload="host")
-    for rank, part in enumerate(parts):
-        fold.push(rank, part.cuda())
-    assert torch.equal(combine(fold.partials()).cpu(), tree_fold(parts))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_partial_sums_may_wait_in_host_memory_beside_training(n: int) -> None:
+    aside = Aside()
+    fold = TreeFold(range(n), n, aside=aside)
+    for step in range(3):
+        parts = inputs(n, 300_001 + step, torch.float32)
+        for rank, part in enumerate(parts):
+            with aside.after(torch.empty(1, device="cuda")):
+                torch.cuda._sleep(20_000_000)  # the link is slow, and training goes on
+            fold.push(rank, part.cuda())
+            # Memory that the copies still read, though nobody holds it, must not be handed out again.
+            for _ in range(3):
+                torch.full_like(part, torch.nan, device="cuda")
+        blocks = fold.partials()
+        with aside.after(*(block.total for block in blocks)):
+            result = combine(blocks)
+        del blocks
+        for _ in range(3):
+            torch.full((300_001 + step,), torch.nan, device="cuda")
+        aside.join()
+        assert torch.equal(result.cpu(), tree_fold(parts))
 
 
 def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], offload: bool) -> list[str]:

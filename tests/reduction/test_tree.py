@@ -9,8 +9,10 @@ import weakref
 import pytest
 import torch
 
+from lightning_easyscale.reduction import tree
+from lightning_easyscale.reduction.host import Aside, to_host
 from lightning_easyscale.reduction.orders import tree_fold
-from lightning_easyscale.reduction.tree import Block, TreeFold, blocks_of, combine, to_host
+from lightning_easyscale.reduction.tree import Block, TreeFold, blocks_of, combine
 
 from .tasks import compositions, inputs
 
@@ -53,14 +55,36 @@ def test_the_bound_is_reached() -> None:
     assert max(len(blocks_of(range(1, stop))) + 1 for stop in range(1, 8)) == 2 * math.floor(math.log2(7)) + 1
 
 
+class _Serving(Aside):
+    """Takes the tensors of a CPU for a device's."""
+
+    @staticmethod
+    def serves(tensor: torch.Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("ests", ranges(7), ids=str)
+def test_sums_that_wait_elsewhere_have_the_same_bits(ests: range, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    monkeypatch.setattr(tree, "to_host", lambda flat: copied.append(flat) or flat.clone())
+    plain, aside = TreeFold(ests, 7), TreeFold(ests, 7, aside=_Serving())
+    for _ in range(2):
+        copied.clear()
+        for rank, flat in zip(ests, inputs(len(ests), 20, torch.float32), strict=True):
+            plain.push(rank, flat.clone())
+            aside.push(rank, flat.clone())
+        assert len(copied) == len(ests) - 1  # all but the last, which is folded at once
+        blocks = aside.partials()
+        assert [(b.start, b.size) for b in blocks] == blocks_of(ests)
+        for a, b in zip(plain.partials(), blocks, strict=True):
+            assert torch.equal(a.total, b.total)
+
+
 def test_host_offload_does_nothing_on_the_cpu() -> None:
-    plain, offloaded = TreeFold(range(1, 6), 6), TreeFold(range(1, 6), 6, offload="host")
-    for rank, flat in enumerate(inputs(5, 20, torch.float32), start=1):
-        plain.push(rank, flat.clone())
-        offloaded.push(rank, flat.clone())
-    for a, b in zip(plain.partials(), offloaded.partials(), strict=True):
-        assert torch.equal(a.total, b.total)
-    flat = torch.ones(2)
+    fold, flat = TreeFold(range(2), 2, aside=Aside()), torch.ones(2)
+    for rank in range(2):
+        fold.push(rank, flat if rank == 0 else torch.ones(2))
+    assert fold.partials()[0].total is flat
     assert to_host(flat) is flat
 
 
@@ -78,8 +102,6 @@ def test_wrong_use_is_refused() -> None:
     for bad in (range(0), range(0, 4, 2), range(3, 6), range(-1, 2)):
         with pytest.raises(ValueError, match="`range_of_ests="):
             TreeFold(bad, 5)
-    with pytest.raises(ValueError, match="`offload='disk'` is unknown"):
-        TreeFold(range(2), 2, offload="disk")  # type: ignore[arg-type]
     fold = TreeFold(range(1, 3), 4)
     with pytest.raises(ValueError, match="`rank=2` cannot be folded: rank 1 is due"):
         fold.push(2, torch.ones(1))

@@ -1,0 +1,64 @@
+"""Host memory in which gradients wait, and the stream on which they go there and come back.
+
+A copy that is enqueued among training's kernels holds up all that follow, for as long as the link takes. So copies, and
+the additions between them, have a stream of their own, beside the training of the next EST; it does what it is given
+one after the other, so a sum that comes back is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Offload = Literal["host"] | None
+
+
+def to_host(flat: Tensor) -> Tensor:
+    """Copy of a device tensor in pinned host memory, enqueued on the current stream; a CPU tensor as it is."""
+    if flat.device.type == "cpu":
+        return flat
+    return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+
+
+class Aside:
+    """The stream beside training, of one device."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._busy = False
+
+    @staticmethod
+    def serves(tensor: Tensor) -> bool:
+        """Whether a tensor is of a device beside whose training there is anything to gain."""
+        return tensor.is_cuda
+
+    @contextmanager
+    def after(self, *tensors: Tensor) -> Iterator[None]:
+        """What is enqueued in the block comes after what the current stream has been given so far, and beside the rest.
+
+        Args:
+            tensors: of the current stream, which the block works with: nobody needs to hold them. CUDA tensors; of
+                none, or of others, the block does nothing beside.
+        """
+        if not tensors or not tensors[0].is_cuda:
+            yield
+            return
+        device = tensors[0].device
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+        self._busy = True
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What the current stream is given from here on comes after all that was enqueued beside."""
+        if self._busy and self._stream is not None:
+            self._busy = False
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
