@@ -17,6 +17,8 @@ from torch import Tensor
 from .host import Aside, to_host
 from .orders import check_parts, finish_blocks, push_block
 
+_AT_ONCE = 1 << 23  # elements that come back from host memory at a time, where a bucket has more
+
 
 class Block(NamedTuple):
     """The sum over ranks ``start..start+size-1``: an aligned block, `size` a power of two dividing `start`."""
@@ -73,7 +75,7 @@ class TreeFold:
         range_of_ests: the contiguous EST ranks of this executor.
         n: number of ESTs of the job.
         aside: lets the waiting partial sums of CUDA tensors be kept in pinned host memory; a carry brings one of them
-            back to the device at a time. None keeps them where they are.
+            back to the device, piece by piece. None keeps them where they are.
 
     Raises:
         ValueError: if the range is empty, not contiguous or outside ``0..n-1``.
@@ -130,11 +132,12 @@ class TreeFold:
             start, _, waiting = self._blocks.pop()
             carried.append(waiting)
             size *= 2
-        arrived = torch.empty_like(flat) if carried else flat
-        with aside.after(flat, arrived):
+        room = flat.new_empty(min(flat.numel(), _AT_ONCE)) if carried else flat
+        with aside.after(flat, room):
             for waiting in carried:
-                # Addition commutes, so the new gradient's memory may take the result.
-                flat.add_(arrived.copy_(waiting, non_blocking=True))
+                for part, theirs in zip(flat.split(_AT_ONCE), waiting.split(_AT_ONCE), strict=True):
+                    # Addition commutes, so the new gradient's memory may take the result.
+                    part.add_(room[: len(part)].copy_(theirs, non_blocking=True))
             self._blocks.append((start, size, flat if self.complete else to_host(flat)))
 
     def partials(self) -> list[Block]:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction import tree
 from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
 from lightning_easyscale.reduction.host import Aside, to_host
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
@@ -42,7 +43,8 @@ def test_gradients_may_wait_in_host_memory() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
-def test_partial_sums_may_wait_in_host_memory_beside_training(n: int) -> None:
+def test_partial_sums_may_wait_in_host_memory_beside_training(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "_AT_ONCE", 100_000)
     aside = Aside()
     fold = TreeFold(range(n), n, aside=aside)
     for step in range(3):

@@ -67,6 +67,7 @@ class _Serving(Aside):
 def test_sums_that_wait_elsewhere_have_the_same_bits(ests: range, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = []
     monkeypatch.setattr(tree, "to_host", lambda flat: copied.append(flat) or flat.clone())
+    monkeypatch.setattr(tree, "_AT_ONCE", 7)
     plain, aside = TreeFold(ests, 7), TreeFold(ests, 7, aside=_Serving())
     for _ in range(2):
         copied.clear()
