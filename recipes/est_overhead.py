@@ -287,9 +287,9 @@ def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str |
     )
     for axes, (ours, published, label) in zip(grid[:, 0], panels, strict=True):
         for number, row in enumerate(rows):
-            first = number == 0
-            axes.bar(number - 0.2, row[ours], 0.4, color="#0072B2", label="measured here" if first else None)
-            axes.plot([number - 0.2] * 2, [row[f"{ours}_least"], row[f"{ours}_greatest"]], color="0.2", linewidth=1)
+            first, place = number == 0, number if published is None else number - 0.2
+            axes.bar(place, row[ours], 0.4, color="#0072B2", label="measured here" if first else None)
+            axes.plot([place] * 2, [row[f"{ours}_least"], row[f"{ours}_greatest"]], color="0.2", linewidth=1)
             if published is not None:
                 axes.bar(number + 0.2, row[published], 0.4, color="0.7", label="published, V100" if first else None)
         axes.axhline(1.0, color="0.4", linewidth=0.8)
@@ -298,7 +298,8 @@ def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str |
         axes.legend(frameon=False, fontsize=8)
     config = report["config"]
     where = f"{report['device']}, torch {report['torch']}, {report['date'][:10]}"
-    figure.suptitle(f"{where}: {config['ests']} ESTs on each of {config['executors']}", size=10)
+    devices = "one device" if config["executors"] == 1 else f"each of {config['executors']} devices"
+    figure.suptitle(f"{where}: {config['ests']} ESTs on {devices}", size=10)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
