@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from . import determinism
 from .devices import DeviceType, detect
@@ -29,6 +30,10 @@ STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2, "rmsprop": 1, "adagrad
 _SAME_EVERYWHERE = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 _TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _CUBLAS_ALLOWED = (":4096:8", ":16:8")
+EST_BYTES = 40 * 2**20
+"""What an EST's thread takes of a GPU for handles of cuBLAS and cuDNN; measured on an H200
+(``recipes/results/gpu_sharing.md``)."""
+
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -158,8 +163,10 @@ def bytes_needed(
     optimizer: str = "adamw",
     reduction: str = "ddp",
     overlap: bool = False,
+    offload: bool = False,
+    each: float = 0.0,
 ) -> float:
-    """Bytes of a device with that many ESTs in fp32: a lower bound, without workspaces and fragmentation.
+    """Bytes of a device with that many ESTs in fp32: a lower bound, without fragmentation.
 
     Args:
         ests: on the device.
@@ -169,9 +176,12 @@ def bytes_needed(
         reduction: ``ddp`` keeps the gradients of all ESTs until the last has arrived; ``tree`` at most
             ``2 * floor(log2 ests) + 1`` partial sums.
         overlap: with `overlap_backward`, the activations of two ESTs.
+        offload: with ``gradient_offload="host"``, the gradients of one EST alone.
+        each: bytes that every EST holds beyond all that (`EST_BYTES`, its mini-batch).
     """
     copies = ests if reduction == "ddp" else min(ests, 2 * (ests.bit_length() - 1) + 1)
-    return 4 * parameters * (1 + STATES[optimizer] + copies) + activations * (2 if overlap and ests > 1 else 1)
+    gradients = 4 * parameters * (1 + STATES[optimizer] + (1 if offload else copies))
+    return gradients + activations * (2 if overlap and ests > 1 else 1) + ests * each
 
 
 def most_ests(memory: float, num_ests: int, **model: float | str) -> int:
@@ -210,15 +220,15 @@ def _amount(text: str) -> float:
     return float(lowered)
 
 
-def _memory() -> tuple[str, float]:
-    """The smallest device and its bytes; the CPU's if there is no GPU."""
+def _memory() -> tuple[str, float, float]:
+    """The smallest device, its bytes and what each EST takes of it by itself; the CPU's if there is no GPU."""
     import torch
 
     if torch.cuda.is_available():
         sizes = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         least = min(sizes, key=lambda one: one.total_memory)
-        return least.name, float(least.total_memory)
-    return "this machine's CPU", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return least.name, float(least.total_memory), float(EST_BYTES)
+    return "this machine's CPU", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-ests", type=int, default=4, help="N (default 4)")
     parser.add_argument("--parameters", type=_amount, help="of the model, for example 25.6M")
     parser.add_argument("--activations", type=_amount, default=0.0, help="bytes of a mini-batch, for example 3GiB")
+    parser.add_argument("--input", type=_amount, default=0.0, help="bytes of its input, which each EST holds")
     parser.add_argument("--overlap", action="store_true", help="with overlap_backward=True")
     parser.add_argument("--optimizer", choices=sorted(STATES), default="adamw")
     arguments = parser.parse_args(argv)
@@ -241,15 +252,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for level in ("D0", "D1", "D2"):
         print(f"{level}: {'broken by the above' if level in broken else 'nothing found that would break it'}")
     if arguments.parameters:
-        device, memory = _memory()
-        for reduction in ("ddp", "tree"):
-            model = {"parameters": arguments.parameters, "activations": arguments.activations}
-            model |= {"overlap": arguments.overlap, "optimizer": arguments.optimizer, "reduction": reduction}
-            fit = most_ests(memory, arguments.num_ests, **model)
+        device, memory, own = _memory()
+        model = {"parameters": arguments.parameters, "activations": arguments.activations}
+        model |= {"overlap": arguments.overlap, "optimizer": arguments.optimizer, "each": own + arguments.input}
+        kinds: dict[str, dict[str, Any]] = {f'reduction="{order}"': {"reduction": order} for order in ("ddp", "tree")}
+        if own:  # a GPU's
+            kinds['gradient_offload="host"'] = {"offload": True}
+        for name, ways in kinds.items():
+            fit = most_ests(memory, arguments.num_ests, **model, **ways)
             at_least = f"at least {-(-arguments.num_ests // fit)} device(s)" if fit else "a larger device"
             print(
-                f'reduction="{reduction}": {fit} of {arguments.num_ests} ESTs fit on {device}'
-                f" ({memory / 2**30:.0f} GiB); the job needs {at_least}"
+                f"{name}: {fit} of {arguments.num_ests} ESTs fit on {device} ({memory / 2**30:.0f} GiB);"
+                f" the job needs {at_least}"
             )
     return 1 if broken else 0
 

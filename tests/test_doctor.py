@@ -98,15 +98,18 @@ def test_memory_grows_by_a_gradient_per_est_or_by_the_tree():
     assert most_ests(1e6, 16, **model) == 0
     assert bytes_needed(1, overlap=True, **model) == bytes_needed(1, **model)
     assert bytes_needed(8, overlap=True, **model) - bytes_needed(8, **model) == 1e6
+    assert bytes_needed(8, offload=True, each=3.0, **model) == bytes_needed(1, **model) + 8 * 3.0
 
 
 def test_the_command_says_what_fits(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda num_ests: check_versions({"torch": "1.0", "lightning": "2.6"}))
     monkeypatch.setattr(
-        doctor, "_memory", lambda: ("a device", bytes_needed(2, parameters=25.6e6, activations=3 * 2**30))
+        doctor, "_memory", lambda: ("a device", bytes_needed(2, parameters=25.6e6, activations=3 * 2**30, each=7), 5)
     )
-    assert doctor.main(["--num-ests", "4", "--parameters", "25.6M", "--activations", "3GiB"]) == 1
+    model = ["--num-ests", "4", "--parameters", "25.6M", "--activations", "3GiB", "--input", "2"]
+    assert doctor.main(model) == 1
     out = capsys.readouterr().out
+    assert 'gradient_offload="host": 4 of 4 ESTs fit on a device (3 GiB); the job needs at least 1 device(s)' in out
     assert 'reduction="ddp": 2 of 4 ESTs fit on a device (3 GiB); the job needs at least 2 device(s)' in out
     assert "D1: broken by the above" in out
     with pytest.raises(SystemExit):
