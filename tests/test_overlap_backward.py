@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_easyscale import EasyScaleStrategy
 from lightning_easyscale import session as sessions
 from lightning_easyscale.kernels import build
+from lightning_easyscale.reduction import GradientReduce
 
 ESTS, STEPS = 3, 3
 
@@ -61,6 +62,15 @@ def test_all_backwards_but_the_first_and_the_last_ests_are_overlapped(said: list
     # Away, back for the rest of the backward, and on: two more than one.
     assert beside - plain == 2 * (ESTS - 1) * (STEPS - 1)
     assert not said
+
+
+def test_workspaces_are_given_back_while_no_est_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(GradientReduce, "free_workspaces", lambda self: given_back.append(1))
+    switches(Net(), overlap=False)
+    assert len(given_back) == ESTS * STEPS
+    switches(Net(), overlap=True)
+    assert len(given_back) == ESTS * STEPS
 
 
 def test_a_backward_that_calls_into_python_is_left_alone(said: list[str]) -> None:

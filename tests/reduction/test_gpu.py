@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
 from lightning_easyscale.reduction.host import Aside, to_host
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 from lightning_easyscale.reduction.tree import TreeFold, combine
+from lightning_easyscale.reduction.tree_gradients import TreeGradients
 from lightning_easyscale.runtime.collectives import all_reduce
 
 from .pool import Pool
@@ -64,6 +68,24 @@ def test_partial_sums_may_wait_in_host_memory_beside_training(n: int, monkeypatc
             torch.full((300_001 + step,), torch.nan, device="cuda")
         aside.join()
         assert torch.equal(result.cpu(), tree_fold(parts))
+
+
+def test_threads_do_not_keep_a_workspace_each() -> None:
+    x = torch.ones(256, 256, device="cuda")
+    reduce = TreeGradients(Placement((2,)), 0, None)
+    reduce.register(0, [torch.nn.Parameter(x)])
+    with ThreadPoolExecutor(3) as pool:
+        barrier = Barrier(3)
+
+        def compute(_: int) -> None:
+            barrier.wait(60)  # each in a thread of its own
+            torch.mm(x, x)
+
+        list(pool.map(compute, range(3)))
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated()
+        reduce.free_workspaces()
+        assert kept - torch.cuda.memory_allocated() >= 3 * 2**20
 
 
 def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], offload: bool) -> list[str]:
