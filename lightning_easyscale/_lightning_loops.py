@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-_MARKS = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
+_MARKS = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation", "current_score")
 
 
 @contextmanager

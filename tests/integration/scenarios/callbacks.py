@@ -11,52 +11,22 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
-    ModelCheckpoint,
     ModelSummary,
     OnExceptionCheckpoint,
     RichModelSummary,
     RichProgressBar,
     Timer,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from ..models import Model, loader, train_data, train_val_data
+from ..models import Model, train_data, train_val_data
 from ..scenario import Script, feature, note, notes
 
 GROUP = "Callbacks and trainer"
-
-
-class EveryOther(WeightAveraging):
-    """Averages after every second step and after epochs, evaluates and saves the average."""
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        return epoch_idx is not None or bool(step_idx % 2)
-
-
-def _fit_and_test(trainer: Any, script: Script, make_trainer: Any) -> None:
-    trainer.fit(script.module, **script.data)
-    trainer.test(script.module, loader(24, shuffle=False))
-
-
-@feature("WeightAveraging, every other step, BatchNorm averaged", GROUP, use_buffers=True, worlds=(2, 3))
-@feature("WeightAveraging, buffers left alone", GROUP, use_buffers=False)
-def weight_averaging(config: dict[str, Any], root: Path) -> Script:
-    saver = ModelCheckpoint(dirpath=root / "ckpt", monitor="val_loss", save_top_k=2)
-    callbacks = [EveryOther(use_buffers=config["use_buffers"]), saver]
-    return Script(Model(), train_val_data(), {"max_epochs": 2, "callbacks": callbacks}, main=_fit_and_test)
-
-
-@feature("EMAWeightAveraging with accumulation, from a later step", GROUP, worlds=(3,))
-def late_ema(config: dict[str, Any], root: Path) -> Script:
-    callbacks = [EMAWeightAveraging(decay=0.8, update_every_n_steps=2, update_starting_at_step=2)]
-    trainer = {"max_epochs": 2, "callbacks": callbacks, "accumulate_grad_batches": 2, "val_check_interval": 2}
-    return Script(Model(), train_val_data(), trainer)
 
 
 @feature("max_time, used up at once", GROUP, trainer={"max_time": {"seconds": 0}})

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -64,12 +63,6 @@ def rate_monitor(config: dict[str, Any], root: Path) -> Script:
 def swa(config: dict[str, Any], root: Path) -> Script:
     callbacks = [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)]
     return Script(Model(norm=config["norm"]), train_val_data(), {"max_epochs": 4, "callbacks": callbacks})
-
-
-@feature("EMAWeightAveraging", GROUP, worlds=(2, 3, 4))
-def ema(config: dict[str, Any], root: Path) -> Script:
-    callbacks = [EMAWeightAveraging(decay=0.7)]
-    return Script(Model(), train_val_data(), {"max_epochs": 2, "callbacks": callbacks, "val_check_interval": 2})
 
 
 class OwnEMA(Callback):
