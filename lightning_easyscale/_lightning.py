@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
 try:
     from lightning.fabric.strategies.launchers.subprocess_script import (
@@ -24,6 +25,7 @@ try:
     )
     from lightning.fabric.utilities.seed import reset_seed
     from lightning.pytorch.overrides.distributed import _sync_module_states
+    from lightning.pytorch.plugins.io import async_plugin
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
     from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
     from lightning.pytorch.strategies.strategy import _ForwardRedirection
@@ -55,6 +57,7 @@ __all__ = [
     "batches_ahead",
     "begin_fit",
     "continue_epoch",
+    "copied_for_later",
     "follow_agreed_stop",
     "forget_loader_states",
     "forget_metric_names",
@@ -353,6 +356,14 @@ def begin_fit(trainer: Trainer) -> None:
     trainer.should_stop = False
     # `fit` makes both anew; clones are made before it does.
     trainer.fit_loop._combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def copied_for_later(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint that an `AsyncCheckpointIO` may write while training goes on: until 2.6 it did not copy tensors."""
+    if hasattr(async_plugin, "_clone_tensor"):
+        return checkpoint
+    copied: dict[str, Any] = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
+    return copied
 
 
 class _AgreedStop(_SignalConnector):

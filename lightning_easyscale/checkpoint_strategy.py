@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, async_plugin
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
+from . import _lightning as pl
 from .checkpoint import seal
 from .checkpointing import Checkpointing, EasyScaleCheckpointIO
 from .model_strategy import ModelStrategy
 from .snapshot import ESTState
 from .stopping import shield_workers
-
-# Until 2.6 Lightning wrote the live tensors, which training goes on changing.
-_ASYNC_COPIES = hasattr(async_plugin, "_clone_tensor")
 
 
 class CheckpointStrategy(ModelStrategy):
@@ -65,8 +61,8 @@ class CheckpointStrategy(ModelStrategy):
             self.checkpointing.complete(checkpoint)
             if self.is_global_zero:
                 seal(checkpoint)
-        if self.is_global_zero and isinstance(self.checkpoint_io, AsyncCheckpointIO) and not _ASYNC_COPIES:
-            checkpoint = apply_to_collection(checkpoint, Tensor, lambda tensor: tensor.detach().clone())
+        if self.is_global_zero and isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            checkpoint = pl.copied_for_later(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
