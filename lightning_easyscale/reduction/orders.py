@@ -16,6 +16,7 @@ depends on that element's N values, on N and, for the ring, on its position in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -164,6 +165,11 @@ def tree_fold(parts: Sequence[Tensor], *, consume: bool = False) -> Tensor:
     return finish_blocks(blocks, consume=consume)
 
 
+def carries(blocks: Sequence[tuple[Any, ...]], size: int) -> bool:
+    """Whether the last of some aligned blocks and the next, of `size` ranks, are the halves of a larger one."""
+    return bool(blocks) and blocks[-1][1] == size and blocks[-1][0] % (2 * size) == 0
+
+
 def push_block(blocks: list[tuple[int, int, Tensor]], start: int, size: int, part: Tensor, *, consume: bool) -> None:
     """Append the sum of ranks ``start..start+size-1`` and carry, like a binary counter.
 
@@ -175,7 +181,7 @@ def push_block(blocks: list[tuple[int, int, Tensor]], start: int, size: int, par
         consume: sums may be overwritten; a carry is then added into its left block. Without it, blocks of size 1 are
             the caller's and are kept.
     """
-    while blocks and blocks[-1][1] == size and blocks[-1][0] % (2 * size) == 0:
+    while carries(blocks, size):
         start, _, left = blocks.pop()
         part = left.add_(part) if consume or size > 1 else left + part
         size *= 2

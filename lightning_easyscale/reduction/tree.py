@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .host import Aside, to_host
-from .orders import check_parts, finish_blocks, push_block
+from .orders import carries, check_parts, finish_blocks, push_block
 
 _AT_ONCE = 1 << 23  # elements that come back from host memory at a time, where a bucket has more
 
@@ -33,7 +33,7 @@ def blocks_of(ests: range) -> list[tuple[int, int]]:
     blocks: list[tuple[int, int]] = []
     for rank in ests:
         start, size = rank, 1
-        while blocks and blocks[-1][1] == size and blocks[-1][0] % (2 * size) == 0:
+        while carries(blocks, size):
             start = blocks.pop()[0]
             size *= 2
         blocks.append((start, size))
@@ -128,7 +128,7 @@ class TreeFold:
     def _push_aside(self, start: int, flat: Tensor, aside: Aside) -> None:
         """`push_block` with sums that wait in host memory."""
         size, carried = 1, []
-        while self._blocks and self._blocks[-1][1] == size and self._blocks[-1][0] % (2 * size) == 0:
+        while carries(self._blocks, size):
             start, _, waiting = self._blocks.pop()
             carried.append(waiting)
             size *= 2
