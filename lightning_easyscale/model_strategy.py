@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn import Module
 
@@ -27,6 +29,7 @@ from .optimization import (
 )
 from .progress import hide_job, show_job
 from .reduction.collector import ESTDataParallel
+from .reduction.inputs import WaitingInputs
 from .runtime.writes import has_compiled
 
 if TYPE_CHECKING:
@@ -37,11 +40,14 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
 class ModelStrategy(DDPStrategy):
     """The part of `EasyScaleStrategy` that handles the model and its optimizers.
 
     Args:
-        gradient_offload: where partial sums of the ``tree`` order wait.
+        gradient_offload: see `EasyScaleStrategy`.
         overlap_backward: see `EasyScaleStrategy`.
         process_group_backend: see `EasyScaleStrategy`.
         timeout: see there.
@@ -156,7 +162,7 @@ class ModelStrategy(DDPStrategy):
         session, options = self.session, self._ddp_kwargs
         assert session is not None
         pl.sync_module_states(model)
-        return session.wrap(
+        wrapper = session.wrap(
             self.global_rank,
             model,
             options,
@@ -165,6 +171,24 @@ class ModelStrategy(DDPStrategy):
             overlaps=self._overlap_backward,
             saved_layout=self.checkpointing.saved_layout,
         )
+        if self._gradient_offload is not None and len(session.ests) > 1 and not self._user_moves_batches:
+            wrapper.inputs = WaitingInputs()
+        return wrapper
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch to the device; with `gradient_offload`, it may leave it while the EST waits."""
+        moved = super().batch_to_device(batch, device, dataloader_idx)
+        if isinstance(self.model, ESTDataParallel) and self.model.inputs is not None:
+            self.model.inputs.hold(batch, moved)
+        return moved
+
+    @property
+    def _user_moves_batches(self) -> bool:
+        """Whether what comes to the device may be something that other ESTs read too."""
+        module = self.lightning_module
+        assert module is not None
+        owners = (module, getattr(module.trainer, "datamodule", None))
+        return any(is_overridden(hook, owner) for owner in owners if owner is not None for hook in _TRANSFER_HOOKS)
 
     @property
     def _private_gradients(self) -> bool:

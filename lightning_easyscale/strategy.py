@@ -52,8 +52,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast.
         max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).
-        gradient_offload: ``"host"`` keeps what waits for the last EST in pinned host memory: partial sums under the
-            ``tree`` order, else gradients.
+        gradient_offload: ``"host"`` keeps what waits in pinned host memory: partial sums under the ``tree`` order,
+            else gradients; and inputs of an MiB and more, unless the user's own hooks bring them to the device.
         overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
             Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
         process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.

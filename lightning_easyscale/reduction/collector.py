@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from ..runtime.overlap import BackwardOverlap
 from .arrival import Arrivals
 from .gradients import GradientReduce
 from .hooks import GradientHooks
+from .inputs import WaitingInputs
 from .layout import DEFAULT_CAP_MB
 from .module_buffers import ModuleBuffers
 
@@ -59,6 +60,9 @@ class ESTDataParallel(nn.Module):
         ValueError: if `n` differs from the reduction's, or an embedding produces sparse gradients.
         RuntimeError: if no parameter requires a gradient.
     """
+
+    inputs: WaitingInputs | None = None
+    """Told of the EST's batches, what may leave the device at the end of its backward."""
 
     def __init__(
         self,
@@ -358,7 +362,8 @@ class ESTDataParallel(nn.Module):
         groups = self._may_group and not self._arrivals.groups and self._arrivals.begun
         if self._overlap is None:
             self._reduce.free_workspaces()
-        self._reduce.finish(self.rank, used if reports else None)
+        with nullcontext() if self.inputs is None else self.inputs.away():
+            self._reduce.finish(self.rank, used if reports else None)
         if groups:
             self._group(order)
 

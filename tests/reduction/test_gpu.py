@@ -78,6 +78,7 @@ def test_threads_do_not_keep_a_workspace_each() -> None:
         barrier = Barrier(3)
 
         def compute(_: int) -> None:
+            torch.cuda.set_device(x.device)
             barrier.wait(60)  # each in a thread of its own
             torch.mm(x, x)
 

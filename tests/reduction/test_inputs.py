@@ -1,0 +1,110 @@
+"""Inputs leave the device while their EST waits, and are what they were when it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_easyscale.reduction.inputs import WORTH, WaitingInputs
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
+LARGE = WORTH // 4  # elements
+
+
+def to(device: str, tensor: Tensor) -> Tensor:
+    """A copy on a device, also where it is the same."""
+    return tensor.to(device, copy=True)
+
+
+def size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_and_views_of_them_come_back(device: str) -> None:
+    given = {"x": torch.randn(3, LARGE).t(), "y": [torch.arange(LARGE)]}
+    moved: Any = {"x": to(device, given["x"]), "y": [to(device, given["y"][0])]}
+    moved["x"][0] += 1  # as a step may
+    expected, view, version = moved["x"].clone(), moved["x"][:, 1], moved["x"]._version
+    inputs = WaitingInputs()
+    inputs.hold(given, moved)
+    for _ in range(3):
+        with inputs.away():
+            assert size(moved["x"]) == size(view) == size(moved["y"][0]) == 0
+            # What others put where they were.
+            others = [torch.full((3, LARGE), torch.nan, device=device) for _ in range(3)]
+            del others
+        assert torch.equal(moved["x"], expected)
+        assert torch.equal(view, expected[:, 1])
+        assert torch.equal(moved["y"][0].cpu(), given["y"][0])
+        assert moved["x"].stride() == expected.stride()
+        assert moved["x"]._version == version
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_graph_that_was_retained_can_be_gone_through_again(device: str) -> None:
+    given = torch.randn(4, LARGE)
+    moved = to(device, given)
+    weight = torch.randn(LARGE, device=device, requires_grad=True)
+    inputs = WaitingInputs()
+    inputs.hold(given, moved)
+    loss = (moved @ weight).sum()
+    loss.backward(retain_graph=True)
+    first, weight.grad = weight.grad, None
+    with inputs.away():
+        pass
+    loss.backward()
+    assert torch.equal(weight.grad, first)
+
+
+def test_what_others_may_read_or_is_not_worth_it_stays() -> None:
+    large, small = torch.randn(LARGE), torch.randn(LARGE - 1)
+    learnt = torch.randn(LARGE, requires_grad=True)
+    moved = [large, small.clone(), learnt.clone(), "a name", torch.nn.Parameter(large.clone())]
+    inputs = WaitingInputs()
+    inputs.hold([large, small, learnt, "a name", large], moved)
+    with inputs.away():
+        assert all(size(tensor) for tensor in moved if isinstance(tensor, Tensor))
+    # Of another structure: nobody knows what came of what.
+    inputs.hold([large], {"x": large.clone(), "y": (one := large.clone())})
+    with inputs.away():
+        assert size(one)
+
+
+def test_batches_are_not_kept_alive_and_the_last_one_counts() -> None:
+    inputs, given = WaitingInputs(), torch.randn(LARGE)
+    earlier, later = given.clone(), given.clone()
+    inputs.hold(given, earlier)
+    inputs.hold(given, later)
+    with inputs.away():
+        assert size(earlier)
+        assert not size(later)
+    del later
+    with inputs.away():
+        pass
+
+
+def test_they_come_back_when_waiting_ends_by_an_error() -> None:
+    given = torch.randn(LARGE)
+    moved, inputs = given.clone(), WaitingInputs()
+    inputs.hold(given, moved)
+    with pytest.raises(ZeroDivisionError), inputs.away():
+        raise ZeroDivisionError
+    assert torch.equal(moved, given)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_the_memory_is_free_for_others() -> None:
+    given = torch.randn(8, LARGE)
+    moved, inputs = given.cuda(), WaitingInputs()
+    inputs.hold(given, moved)
+    before = torch.cuda.memory_allocated()
+    with inputs.away():
+        torch.cuda.synchronize()
+        assert before - torch.cuda.memory_allocated() == given.nbytes
+    assert torch.cuda.memory_allocated() == before
