@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-ests", type=int, default=4, help="N (default 4)")
     parser.add_argument("--parameters", type=_amount, help="of the model, for example 25.6M")
     parser.add_argument("--activations", type=_amount, default=0.0, help="bytes of a mini-batch, for example 3GiB")
-    parser.add_argument("--input", type=_amount, default=0.0, help="bytes of its input, which each EST holds")
+    parser.add_argument("--input", type=_amount, default=0.0, help="bytes of its input, held by each EST")
     parser.add_argument("--overlap", action="store_true", help="with overlap_backward=True")
     parser.add_argument("--optimizer", choices=sorted(STATES), default="adamw")
     arguments = parser.parse_args(argv)
@@ -257,9 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model |= {"overlap": arguments.overlap, "optimizer": arguments.optimizer, "each": own + arguments.input}
         kinds: dict[str, dict[str, Any]] = {f'reduction="{order}"': {"reduction": order} for order in ("ddp", "tree")}
         if own:  # a GPU's
-            kinds['gradient_offload="host"'] = {"offload": True}
+            # Inputs wait on the host too.
+            one_input = {"activations": arguments.activations + arguments.input, "each": own}
+            kinds['gradient_offload="host"'] = {"offload": True, **one_input}
         for name, ways in kinds.items():
-            fit = most_ests(memory, arguments.num_ests, **model, **ways)
+            fit = most_ests(memory, arguments.num_ests, **{**model, **ways})
             at_least = f"at least {-(-arguments.num_ests // fit)} device(s)" if fit else "a larger device"
             print(
                 f"{name}: {fit} of {arguments.num_ests} ESTs fit on {device} ({memory / 2**30:.0f} GiB);"

@@ -103,14 +103,13 @@ def test_memory_grows_by_a_gradient_per_est_or_by_the_tree():
 
 def test_the_command_says_what_fits(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda num_ests: check_versions({"torch": "1.0", "lightning": "2.6"}))
-    monkeypatch.setattr(
-        doctor, "_memory", lambda: ("a device", bytes_needed(2, parameters=25.6e6, activations=3 * 2**30, each=7), 5)
-    )
-    model = ["--num-ests", "4", "--parameters", "25.6M", "--activations", "3GiB", "--input", "2"]
+    room = bytes_needed(2, parameters=25.6e6, activations=3 * 2**30, each=5 + 100 * 2**20)
+    monkeypatch.setattr(doctor, "_memory", lambda: ("a device", room, 5))
+    model = ["--num-ests", "4", "--parameters", "25.6M", "--activations", "3GiB", "--input", "100MiB"]
     assert doctor.main(model) == 1
     out = capsys.readouterr().out
-    assert 'gradient_offload="host": 4 of 4 ESTs fit on a device (3 GiB); the job needs at least 1 device(s)' in out
-    assert 'reduction="ddp": 2 of 4 ESTs fit on a device (3 GiB); the job needs at least 2 device(s)' in out
+    assert 'gradient_offload="host": 4 of 4 ESTs fit on a device (4 GiB); the job needs at least 1 device(s)' in out
+    assert 'reduction="ddp": 2 of 4 ESTs fit on a device (4 GiB); the job needs at least 2 device(s)' in out
     assert "D1: broken by the above" in out
     with pytest.raises(SystemExit):
         doctor.main(["--num-ests", "0"])
