@@ -24,6 +24,28 @@ def to_host(flat: Tensor) -> Tensor:
     return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
 
 
+class HostRoom:
+    """Pinned host memory for the tensors of a fold, used again from step to step.
+
+    To get pinned memory stops the process for milliseconds. What one stream has enqueued comes in order, so memory may
+    take the next tensor as soon as the stream that filled it has been told to read it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take_in(self, flat: Tensor) -> Tensor:
+        """Copy of a tensor, enqueued on the current stream."""
+        if self._free and (self._free[-1].shape, self._free[-1].dtype) != (flat.shape, flat.dtype):
+            self._free.clear()
+        room = self._free.pop() if self._free else torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
+        return room.copy_(flat, non_blocking=True)
+
+    def give_back(self, room: Tensor) -> None:
+        """What `take_in` returned has been read, as far as that stream goes."""
+        self._free.append(room)
+
+
 class Aside:
     """The stream beside training, of one device."""
 

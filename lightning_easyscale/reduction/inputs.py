@@ -55,6 +55,7 @@ class WaitingInputs:
         try:
             yield
         finally:
+            self._aside.join()
             for tensor, storage, size, copy in zip(tensors, storages, sizes, copies, strict=True):
                 storage.resize_(size)
                 # `data` has a version of its own: what a graph has saved was not written to.

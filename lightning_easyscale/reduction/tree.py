@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import Aside, to_host
+from .host import Aside, HostRoom
 from .orders import carries, check_parts, finish_blocks, push_block
 
 _AT_ONCE = 1 << 23  # elements that come back from host memory at a time, where a bucket has more
@@ -90,6 +90,7 @@ class TreeFold:
             )
         self._ests = ests
         self._aside = aside
+        self._room = HostRoom()
         self._next = ests.start
         self._blocks: list[tuple[int, int, Tensor]] = []
         self._device: torch.device | None = None
@@ -138,7 +139,8 @@ class TreeFold:
                 for part, theirs in zip(flat.split(_AT_ONCE), waiting.split(_AT_ONCE), strict=True):
                     # Addition commutes, so the new gradient's memory may take the result.
                     part.add_(room[: len(part)].copy_(theirs, non_blocking=True))
-            self._blocks.append((start, size, flat if self.complete else to_host(flat)))
+                self._room.give_back(waiting)
+            self._blocks.append((start, size, flat if self.complete else self._room.take_in(flat)))
 
     def partials(self) -> list[Block]:
         """Take the aligned blocks of the whole range, on the device of the gradients; the fold is empty afterwards.
@@ -160,4 +162,6 @@ class TreeFold:
             return total
         made = torch.empty_like(total, device=self._device)
         with self._aside.after(made):
-            return made.copy_(total, non_blocking=True)
+            made.copy_(total, non_blocking=True)
+        self._room.give_back(total)
+        return made

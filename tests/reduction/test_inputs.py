@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_easyscale.reduction.host import Aside
 from lightning_easyscale.reduction.inputs import WORTH, WaitingInputs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -95,6 +96,29 @@ def test_they_come_back_when_waiting_ends_by_an_error() -> None:
     with pytest.raises(ZeroDivisionError), inputs.away():
         raise ZeroDivisionError
     assert torch.equal(moved, given)
+
+
+def test_they_come_back_after_they_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(LARGE)
+    moved, inputs, gone = given.clone(), WaitingInputs(), []
+    monkeypatch.setattr(Aside, "join", lambda _: gone.append(size(moved)))
+    inputs.hold(given, moved)
+    with inputs.away():
+        assert not gone
+    assert gone == [0]
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_they_come_back_whole_where_the_link_is_slow() -> None:
+    given = torch.randn(8, LARGE)
+    moved, inputs = given.cuda(), WaitingInputs()
+    inputs.hold(given, moved)
+    with inputs._aside.after(torch.empty(1, device="cuda")):
+        torch.cuda._sleep(200_000_000)
+    with inputs.away():
+        torch.full((8, LARGE), torch.nan, device="cuda")
+    assert torch.equal(moved.cpu(), given)
 
 
 @pytest.mark.gpu

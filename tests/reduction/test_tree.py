@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_easyscale.reduction import tree
-from lightning_easyscale.reduction.host import Aside, to_host
+from lightning_easyscale.reduction.host import Aside, HostRoom, to_host
 from lightning_easyscale.reduction.orders import tree_fold
 from lightning_easyscale.reduction.tree import Block, TreeFold, blocks_of, combine
 
@@ -65,20 +65,37 @@ class _Serving(Aside):
 
 @pytest.mark.parametrize("ests", ranges(7), ids=str)
 def test_sums_that_wait_elsewhere_have_the_same_bits(ests: range, monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = []
-    monkeypatch.setattr(tree, "to_host", lambda flat: copied.append(flat) or flat.clone())
     monkeypatch.setattr(tree, "_AT_ONCE", 7)
     plain, aside = TreeFold(ests, 7), TreeFold(ests, 7, aside=_Serving())
     for _ in range(2):
-        copied.clear()
         for rank, flat in zip(ests, inputs(len(ests), 20, torch.float32), strict=True):
             plain.push(rank, flat.clone())
             aside.push(rank, flat.clone())
-        assert len(copied) == len(ests) - 1  # all but the last, which is folded at once
         blocks = aside.partials()
         assert [(b.start, b.size) for b in blocks] == blocks_of(ests)
         for a, b in zip(plain.partials(), blocks, strict=True):
             assert torch.equal(a.total, b.total)
+
+
+def test_memory_on_the_host_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    take_in = HostRoom.take_in
+
+    def noted(self: HostRoom, flat: torch.Tensor) -> torch.Tensor:
+        room = take_in(self, flat)
+        taken.append(room.data_ptr())
+        return room
+
+    monkeypatch.setattr(HostRoom, "take_in", noted)
+    fold = TreeFold(range(16), 16, aside=_Serving())
+    for size in (20, 20, 30):
+        parts = inputs(16, size, torch.float32)
+        for rank, flat in enumerate(parts):
+            fold.push(rank, flat.clone())
+        assert torch.equal(fold.partials()[0].total, tree_fold(parts))
+        assert len(taken) == 15  # all but the last, which is folded at once
+        assert len(set(taken)) == 4  # what waits at a time
+        taken.clear()
 
 
 def test_host_offload_does_nothing_on_the_cpu() -> None:
