@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class ModelStrategy(DDPStrategy):

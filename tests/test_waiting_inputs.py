@@ -40,6 +40,13 @@ class Model(BoringModel):
         self.intact.append(torch.equal(batch.sum(), self.sum))
 
 
+class Preparing(Model):
+    """What it does is done before the batch is moved."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
 class Moving(Model):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch
@@ -80,8 +87,9 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_one_batch_is_on_the_device_at_a_time(train: Any) -> None:
-    assert train(Model) == [(rank, [rank]) for _ in range(STEPS) for rank in range(N)]
+@pytest.mark.parametrize("cls", [Model, Preparing])
+def test_one_batch_is_on_the_device_at_a_time(train: Any, cls: Any) -> None:
+    assert train(cls) == [(rank, [rank]) for _ in range(STEPS) for rank in range(N)]
 
 
 @pytest.mark.parametrize(

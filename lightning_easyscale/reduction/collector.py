@@ -62,7 +62,7 @@ class ESTDataParallel(nn.Module):
     """
 
     inputs: WaitingInputs | None = None
-    """Told of the EST's batches, what may leave the device at the end of its backward."""
+    """Knows the EST's batches, which leave the device while it waits for the others' gradients; None: they stay."""
 
     def __init__(
         self,
