@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lightning_easyscale import determinism, devices
-from lightning_easyscale.record import Record, RecordError
+from lightning_easyscale.record import Record
 
 from . import _figure, _report
 from ._config import AccuracyConsistencyConf, ConfigError, Stage, check, name_gpu, register
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._runs import RunFailedError, child_environment, execute, is_complete
 from ._stage import RunSpec
 from .workloads import prepare
@@ -273,14 +273,8 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, AccuracyConsistencyConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RunFailedError, resume=f"hydra.run.dir={directory}"):
         status = run(conf, directory, console)
-    except (ConfigError, RecordError, RunFailedError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        status = 2
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from here.")
-        status = 130
     if status:
         raise SystemExit(status)
 

@@ -41,8 +41,7 @@ from lightning_easyscale.simulation import (
     make_policy,
 )
 
-from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._live import LiveCluster, LiveJob, stage_of
 from ._live_config import LiveConf, check, draw_trace, register
 from ._live_figures import draw
@@ -273,12 +272,9 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, LiveConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RunFailedError):
         check(conf)
         report = run(conf, directory, console)
-    except (ConfigError, RunFailedError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
     console.print(table(report))
     console.print(
         f"median error {report['median_error']:.1%}, mean {report['mean_error']:.1%}; average JCT"

@@ -38,7 +38,7 @@ from lightning_easyscale.data.position import LoaderFollower
 from lightning_easyscale.rng import Generators
 
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._machine import device_name
 
 WAYS = ("shared", "stock")
@@ -225,11 +225,8 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, DataServiceConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RuntimeError):
         run(conf, directory, console)
-    except (ConfigError, RuntimeError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from None
     console.print(f"report: {directory / 'data_service.json'}")
 
 

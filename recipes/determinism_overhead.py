@@ -34,7 +34,7 @@ from lightning_easyscale import determinism
 
 from . import workloads
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._machine import device_name
 from ._ways import WAYS, in_force
 
@@ -275,14 +275,11 @@ def main(config: DictConfig) -> None:
     assert isinstance(conf, DeterminismOverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
     file = directory / "determinism_overhead.json"
-    try:
+    with errors_as_lines(console, resume=f"hydra.run.dir={directory}"):
         if not conf.plot_only:
             run(conf, directory, console)
         elif not file.exists():
             raise ConfigError(f"`plot_only=true` finds no {file.name} in {directory}. HINT: hydra.run.dir=DIR.")
-    except (ConfigError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
     report = json.loads(file.read_text())
     draw(directory / "determinism_overhead.png", report)
     for row in report["rows"]:

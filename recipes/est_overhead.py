@@ -42,7 +42,7 @@ from lightning_easyscale import determinism
 from ._bench_runs import bench_processes, interleave
 from ._bench_worker import Side
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._machine import device_name
 from ._runs import RunFailedError
 from ._warm import WarmProcesses
@@ -336,14 +336,11 @@ def main(config: DictConfig) -> None:
     assert isinstance(conf, EstOverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
     file = directory / "est_overhead.json"
-    try:
+    with errors_as_lines(console, RunFailedError, resume=f"hydra.run.dir={directory}"):
         if not conf.plot_only:
             measure(conf, directory, console)
         elif not file.exists():
             raise ConfigError(f"`plot_only=true` finds no est_overhead.json in {directory}. HINT: hydra.run.dir=DIR.")
-    except (ConfigError, RunFailedError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
     report = json.loads(file.read_text())
     draw(directory, report)
     for row in report["rows"]:

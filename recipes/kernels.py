@@ -40,7 +40,7 @@ from lightning_easyscale import determinism
 from lightning_easyscale.kernels import build
 
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._kernel_cases import GROUPS, Case, cases
 from ._kernel_timing import Stopwatch, peak
 from ._machine import device_name
@@ -270,14 +270,11 @@ def main(config: DictConfig) -> None:
     assert isinstance(conf, KernelsConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
     file = directory / "kernels.json"
-    try:
+    with errors_as_lines(console, resume=f"hydra.run.dir={directory}"):
         if not conf.plot_only:
             run(conf, directory, console)
         elif not file.exists():
             raise ConfigError(f"`plot_only=true` finds no kernels.json in {directory}. HINT: hydra.run.dir=DIR.")
-    except (ConfigError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
     report = json.loads(file.read_text())
     for part in tables(report):
         console.print(part, soft_wrap=isinstance(part, str))

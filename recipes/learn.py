@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ._config import WorkloadConf
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._machine import device_name
 from .workloads import build, prepare
 
@@ -151,11 +151,8 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, LearnConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, FileNotFoundError):
         row = learn(conf, directory)
-    except (ImportError, ValueError, FileNotFoundError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
     write(row, directory)
     console.print(
         f"{row['workload']}: {row['metric']} {row['before']:.3f} before, {row['after']:.3f} after {row['steps']} steps"

@@ -45,7 +45,7 @@ from ._bench_runs import bench_processes, interleave
 from ._bench_switch import time_switches, time_threads
 from ._bench_worker import COLLECTIVES, Side
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._machine import device_name
 from ._runs import RunFailedError
 from ._warm import WarmProcesses
@@ -339,7 +339,7 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, OverheadConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RunFailedError):
         check(conf)
         file = directory / "overhead.json"
         if not conf.plot_only:
@@ -350,9 +350,6 @@ def main(config: DictConfig) -> None:
         _bench_figure.draw(directory / "overhead.png", report)
         console.print(table(report))
         console.print(f"{file}\n{directory / 'overhead.png'}")
-    except (ConfigError, RunFailedError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

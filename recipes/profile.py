@@ -28,7 +28,7 @@ from lightning_easyscale.devices import apply_environment, device_type
 from lightning_easyscale.planning import Profile
 
 from ._config import ConfigError
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._exchange import measure_exchanges
 from ._profile_config import ProfileConf, check, read_pace, register
 from ._profile_runs import (
@@ -137,15 +137,9 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, ProfileConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RunFailedError, resume=f"file={conf.file}"):
         check(conf)
         profile = measure(conf, directory, console)
-    except (ConfigError, RunFailedError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. The same command with file={conf.file} goes on from here.")
-        raise SystemExit(130) from None
     console.print(table(profile))
     errors = [abs(e) for e in prediction_errors(profile)]
     console.print(

@@ -39,7 +39,7 @@ from lightning_easyscale.devices import apply_environment
 from lightning_easyscale.record import Record, est_file, read_lines
 
 from ._config import ConfigError, TrainerConf, WorkloadConf
-from ._console import make_console
+from ._console import errors_as_lines, make_console
 from ._elastic_run import ElasticRun
 from ._machine import device_name
 from ._runs import RunFailedError, child_environment, execute, is_complete
@@ -253,11 +253,8 @@ def main(config: DictConfig) -> None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, SoakConf)
     directory = Path(HydraConfig.get().runtime.output_dir).resolve()
-    try:
+    with errors_as_lines(console, RunFailedError):
         report = run(conf, directory, console)
-    except (ConfigError, RunFailedError, ImportError, ValueError) as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, style="red")
-        raise SystemExit(2) from None
     console.print(f"report: {directory / 'report.json'}: {sum(report['events'].values())} events {report['events']}")
     if not report["bits_equal"]:
         raise SystemExit(1)
