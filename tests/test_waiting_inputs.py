@@ -64,12 +64,16 @@ class Data(pl.LightningDataModule):
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(cls: type[Model], offload: Any = "host", datamodule: Any = None) -> list[tuple[int, list[int]]]:
+    def run(
+        cls: type[Model], offload: Any = "host", datamodule: Any = None, overlap: bool = False
+    ) -> list[tuple[int, list[int]]]:
         cls.on_device, cls.seen, cls.intact = {}, [], []
         # As if the device were another.
         monkeypatch.setattr(hooks, "move_data_to_device", lambda batch, _: batch.clone())
         trainer = pl.Trainer(
-            strategy=EasyScaleStrategy(num_ests=N, reduction="tree", gradient_offload=offload),
+            strategy=EasyScaleStrategy(
+                num_ests=N, reduction="tree", gradient_offload=offload, overlap_backward=overlap
+            ),
             accelerator="cpu",
             devices=1,
             max_steps=STEPS,
@@ -90,6 +94,13 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("cls", [Model, Preparing])
 def test_one_batch_is_on_the_device_at_a_time(train: Any, cls: Any) -> None:
     assert train(cls) == [(rank, [rank]) for _ in range(STEPS) for rank in range(N)]
+
+
+def test_beside_a_backward_another_batch_is_there(train: Any) -> None:
+    # From the second step on: the first backward is watched, not overlapped.
+    assert train(Model, overlap=True)[N:] == [
+        (rank, [rank - 1, rank] if rank else [0]) for _ in range(STEPS - 1) for rank in range(N)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,14 @@ from torch import Tensor
 Offload = Literal["host"] | None
 
 
+def copied_to_host(tensor: Tensor) -> Tensor:
+    """Copy of a tensor in host memory, pinned for a CUDA device, enqueued on the current stream."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
+
+
 def to_host(flat: Tensor) -> Tensor:
-    """Copy of a device tensor in pinned host memory, enqueued on the current stream; a CPU tensor as it is."""
-    if flat.device.type == "cpu":
-        return flat
-    return torch.empty_like(flat, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
+    """Copy of a device tensor in host memory; a CPU tensor as it is."""
+    return flat if flat.device.type == "cpu" else copied_to_host(flat)
 
 
 class HostRoom:
@@ -38,8 +41,7 @@ class HostRoom:
         """Copy of a tensor, enqueued on the current stream."""
         if self._free and (self._free[-1].shape, self._free[-1].dtype) != (flat.shape, flat.dtype):
             self._free.clear()
-        room = self._free.pop() if self._free else torch.empty_like(flat, device="cpu", pin_memory=flat.is_cuda)
-        return room.copy_(flat, non_blocking=True)
+        return self._free.pop().copy_(flat, non_blocking=True) if self._free else copied_to_host(flat)
 
     def give_back(self, room: Tensor) -> None:
         """What `take_in` returned has been read, as far as that stream goes."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .host import Aside
+from .host import Aside, copied_to_host
 
 WORTH = 1 << 20  # bytes; smaller ones share their allocation with others
 
@@ -47,9 +47,7 @@ class WaitingInputs:
         storages = [tensor.untyped_storage() for tensor in tensors]
         sizes = [storage.nbytes() for storage in storages]
         with self._aside.after(*tensors):
-            copies = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
-            for tensor, copy in zip(tensors, copies, strict=True):
-                copy.copy_(tensor, non_blocking=True)
+            copies = [copied_to_host(tensor) for tensor in tensors]
         for storage in storages:
             storage.resize_(0)
         try:
