@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from .runtime.executor import Executor
 
 __all__ = [
-    "ForwardRedirection",
     "MultiProcessingLauncher",
+    "StockForwardRedirection",
     "SubprocessScriptLauncher",
     "batches_ahead",
     "begin_fit",
@@ -98,22 +98,9 @@ _META = (
 _SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 MultiProcessingLauncher = _MultiProcessingLauncher
+StockForwardRedirection = _ForwardRedirection
 SubprocessScriptLauncher = _SubprocessScriptLauncher
 sync_module_states = _sync_module_states
-
-
-class ForwardRedirection(_ForwardRedirection):
-    """Sends a step through the wrapper; under manual optimization, gradients are reduced in `manual_backward`."""
-
-    def on_after_inner_forward(self, wrapper_module: Any, original_module: Any) -> None:
-        """The forward inside must not announce a reduction."""
-        if wrapper_module is not original_module and not original_module.automatic_optimization:
-            wrapper_module.require_backward_grad_sync = False
-
-    def on_after_outer_forward(self, wrapper_module: Any, original_module: Any) -> None:
-        """Back to normal."""
-        if wrapper_module is not original_module and not original_module.automatic_optimization:
-            wrapper_module.require_backward_grad_sync = True
 
 
 def set_rank(rank: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -72,7 +73,9 @@ class Checkpointing:
             session = self._strategy.session
             assert session is not None
             rank = self._strategy.global_rank
-            self._follower = LoaderFollower(session.contexts[rank].generators, session.member(rank), session.pools)
+            unwatched = partial(session.watching_writes, rank, False)
+            generators = session.contexts[rank].generators
+            self._follower = LoaderFollower(generators, session.member(rank), session.pools, unwatched)
         return self._follower
 
     def leave_session(self) -> None:

@@ -6,7 +6,7 @@ reduced by the session in the job's order, and only the lead EST's optimizers st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import _lightning as pl
+from ._lightning_steps import ForwardRedirection
 from .compatibility import DriftCheck
 from .optimization import (
     LeadState,
     ShownGradients,
     clip_where_gradients_are,
     follow_lead,
+    plain_steps,
     reads_before_step,
     reads_gradients,
 )
@@ -57,6 +59,11 @@ class ModelStrategy(DDPStrategy):
 
     checkpointing: Checkpointing
 
+    plain_steps = False
+    """See `optimization.plain_steps`."""
+    only_follows = False
+    """Whether, besides, this EST has no part in the update."""
+
     def __init__(
         self,
         *,
@@ -75,7 +82,8 @@ class ModelStrategy(DDPStrategy):
         self._overlap_backward = overlap_backward
         self._shown: ShownGradients | None = None
         self._shows_job: Trainer | None = None
-        self._forward_redirection = pl.ForwardRedirection()
+        self._user_moves_batches = True
+        self._forward_redirection = ForwardRedirection()
 
     @property
     def resolved_reduction(self) -> str:
@@ -99,6 +107,9 @@ class ModelStrategy(DDPStrategy):
         assert module is not None
         # A compiled forward would be traced with the guard, and its backward make gradients in another order.
         self._watches_steps = not module.automatic_optimization and not has_compiled(module)
+        owners = [owner for owner in (module, getattr(trainer, "datamodule", None)) if owner is not None]
+        # What comes to the device may then be something that other ESTs read too.
+        self._user_moves_batches = any(is_overridden(hook, owner) for owner in owners for hook in _TRANSFER_HOOKS)
         with self._watching_writes(False):
             super().setup(trainer)
         if self.global_rank == 0 and self.session is not None:
@@ -177,18 +188,11 @@ class ModelStrategy(DDPStrategy):
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch to the device; with `gradient_offload`, it may leave it while the EST waits."""
-        moved = super().batch_to_device(batch, device, dataloader_idx)
+        with self._watching_writes(self._user_moves_batches):
+            moved = super().batch_to_device(batch, device, dataloader_idx)
         if isinstance(self.model, ESTDataParallel) and self.model.inputs is not None:
             self.model.inputs.hold(batch, moved)
         return moved
-
-    @property
-    def _user_moves_batches(self) -> bool:
-        """Whether what comes to the device may be something that other ESTs read too."""
-        module = self.lightning_module
-        assert module is not None
-        owners = (module, getattr(module.trainer, "datamodule", None))
-        return any(is_overridden(hook, owner) for owner in owners if owner is not None for hook in _TRANSFER_HOOKS)
 
     @property
     def _private_gradients(self) -> bool:
@@ -241,6 +245,7 @@ class ModelStrategy(DDPStrategy):
                 drift.watch(optimizer)
         if self.is_lead:
             self.session.lead_optimizers = self.optimizers
+        self.plain_steps = plain_steps(self.lightning_module, self.precision_plugin)
         if len(self.session.ests) > 1:
             meet = self._meet_before_step if reads_before_step(self.lightning_module) else None
             reduced = self._shown = None
@@ -248,6 +253,7 @@ class ModelStrategy(DDPStrategy):
                 shown = ShownGradients(self.session.lead_gradients, self.lightning_module, self.optimizers)
                 reduced = shown.keep if self.is_lead else shown.show
                 self._shown = None if self.is_lead else shown
+            self.only_follows = self.plain_steps and self._shown is not None
             clip_where_gradients_are(self.precision_plugin, has_gradients=self._shown is None)
             for index, optimizer in enumerate(self.optimizers):
                 follow_lead(
@@ -258,8 +264,14 @@ class ModelStrategy(DDPStrategy):
                     meet=meet,
                     reduced=reduced,
                     watching_writes=self._watching_writes,
+                    watches_closure=not self.plain_steps,
                 )
             self._show_lead_state()
+
+    def follow(self, closure: Callable[[], Any]) -> None:
+        """The whole of a step of an EST that only follows."""
+        with self._watching_writes(False):
+            self.optimizers[0].step(closure)
 
     def _show_lead_state(self) -> None:
         assert self.session is not None

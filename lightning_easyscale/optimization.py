@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.autograd.profiler import record_function
@@ -64,6 +65,23 @@ def reads_gradients(module: LightningModule | None) -> bool:
         or is_overridden("on_before_zero_grad", module)
         or is_overridden("optimizer_zero_grad", module)
         or any(type(c).on_before_zero_grad is not Callback.on_before_zero_grad for c in callbacks)
+    )
+
+
+def plain_steps(module: LightningModule, precision: Precision) -> bool:
+    """Whether no code but the module's forward runs from a training step to the end of the update.
+
+    Then Lightning's own way there, hooks that do nothing among it, may be cut short (`_lightning_steps.py`).
+    """
+    callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+    return (
+        not reads_gradients(module)
+        and not is_overridden("on_before_backward", module)
+        and all(type(c).on_before_backward is Callback.on_before_backward for c in callbacks)
+        and type(module.trainer.profiler) is PassThroughProfiler  # type: ignore[attr-defined]
+        and type(precision).__module__.startswith("lightning.")
+        and type(precision).optimizer_step in (Precision.optimizer_step, MixedPrecision.optimizer_step)
+        and getattr(precision, "scaler", None) is None
     )
 
 
@@ -160,6 +178,7 @@ def follow_lead(
     meet: Callable[[], None] | None,
     reduced: Callable[[], None] | None,
     watching_writes: Callable[[bool], AbstractContextManager[None]],
+    watches_closure: bool = True,
 ) -> None:
     """Make an optimizer's `step` take its part among the ESTs of an executor.
 
@@ -171,6 +190,7 @@ def follow_lead(
         meet: waits for the executor's ESTs before the update; None where nothing can tell the difference.
         reduced: called when a closure has run, before the update; None where there is nothing to do.
         watching_writes: guards the shared parameters against writes, or does not, inside a block.
+        watches_closure: whether code of the user's may run in a closure.
     """
     steps = 0
     original = optimizer.step
@@ -189,7 +209,7 @@ def follow_lead(
             nonlocal closures
             closures += 1
             turns.announce(index, step, closures)
-            with watching_writes(True):
+            with watching_writes(watches_closure):
                 result = closure()
             if reduced is not None:
                 reduced()
@@ -234,7 +254,8 @@ def follow_lead(
                 if not set_to_none:
                     clear(set_to_none)
                     return
-                with record_function(optimizer._zero_grad_profile_name):  # type: ignore[attr-defined]
+                marked = record_function if torch.autograd._profiler_enabled() else nullcontext
+                with marked(optimizer._zero_grad_profile_name):  # type: ignore[attr-defined]
                     for group in optimizer.param_groups:
                         drop(group["params"])
 

@@ -7,13 +7,15 @@ exactly the numbers the EST's own process would have drawn, whatever other ESTs 
 
 What is cheap is swapped by handle, not by value: each EST has a NumPy bit generator of its own, and on CUDA a state
 object of its own (`graphsafe_set_state`). `numpy.random.set_bit_generator` forgets the second number that a Box-Muller
-draw keeps for later, so that is carried along.
+draw keeps for later, so that is carried along. Python's generator is copied as the bytes it is; to make the 625 objects
+of `random.getstate` takes as long as all the rest.
 """
 
 from __future__ import annotations
 
 import ctypes
 import random
+import struct
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -55,12 +57,13 @@ class Generators:
         self._device_generators = [_device_generator(device) for device in devices if device.type == "cuda"]
         self._device_states: list[torch.Generator] = []
         self._numpy = _NumpyState()
+        self._python = _PythonState()
         self.capture()
 
     def capture(self) -> None:
         """Remember the process's generators as this EST's."""
         self._torch = torch.default_generator.get_state()
-        self._python = random.getstate()
+        self._python.capture()
         self._numpy.capture()
         if Generators._installed is not None and Generators._installed() is self:
             self._device_states = [generator.graphsafe_get_state() for generator in self._device_generators]
@@ -71,7 +74,7 @@ class Generators:
     def install(self) -> None:
         """Give the process this EST's generators."""
         torch.default_generator.set_state(self._torch)
-        random.setstate(self._python)
+        self._python.install()
         self._numpy.install()
         for generator, state in zip(self._device_generators, self._device_states, strict=True):
             generator.graphsafe_set_state(state)
@@ -87,14 +90,14 @@ class Generators:
         return {
             "torch": self._torch.clone(),
             "devices": [state.get_state() for state in self._device_states],
-            "python": _to_plain(self._python),
+            "python": _to_plain(_python_state(self._python.part)),
             "numpy": _to_plain(self._numpy.state()),
             "extra": {name: _to_plain(state) for name, state in self._extra_states.items()},
         }
 
     def parts(self) -> Parts:
         """The captured states of torch's CPU generator, `random` and NumPy: cheap to take, compare and send."""
-        return self._torch.numpy().tobytes(), self._python, self._numpy.part()
+        return self._torch.numpy().tobytes(), self._python.part, self._numpy.part()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the states of `state_dict`; `install` puts them to use.
@@ -108,7 +111,7 @@ class Generators:
         ]  # not those that may be in use just now
         for own, saved in zip(self._device_states, state["devices"], strict=False):
             own.set_state(saved)
-        self._python = _from_plain(state["python"])
+        self._python.load(_from_plain(state["python"]))
         self._numpy.load(_from_plain(state["numpy"]))
         known = self._extra_states.keys() & state["extra"].keys()
         self._extra_states.update({name: _from_plain(state["extra"][name]) for name in known})
@@ -124,10 +127,56 @@ def state_of_parts(parts: Parts) -> dict[str, Any]:
     return {
         "torch": torch.frombuffer(bytearray(torch_state), dtype=torch.uint8),
         "devices": [],
-        "python": _to_plain(python),
+        "python": _to_plain(_python_state(python)),
         "numpy": {**bits, **gauss},
         "extra": {},
     }
+
+
+def _python_memory() -> memoryview | None:
+    """Where CPython's `random` keeps its words, if that is where they were always kept; source: `_randommodule.c`."""
+    generator: Any = random._inst  # type: ignore[attr-defined]
+    size = struct.calcsize(_PYTHON_WORDS)
+    if type(generator).__mro__[1].__basicsize__ < object.__basicsize__ + size:
+        return None
+    address = id(generator) + object.__basicsize__
+    memory = memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+    return memory if _python_state((memory.tobytes(), generator.gauss_next)) == random.getstate() else None
+
+
+def _python_state(part: Any) -> Any:
+    """What `random.getstate` would have returned when `_PythonState.part` was taken."""
+    if not isinstance(part[0], bytes):
+        return part
+    position, *words = struct.unpack(_PYTHON_WORDS, part[0])
+    return 3, (*words, position), part[1]
+
+
+_PYTHON_WORDS = "=i624I"  # int index; uint32_t state[624]
+_PYTHON_MEMORY = _python_memory()
+
+
+class _PythonState:
+    """Python's global generator: its words as bytes, and the number kept by `random.gauss`."""
+
+    part: Any
+    """Words and kept number; where they are not found, what `random.getstate` returns."""
+
+    def capture(self) -> None:
+        if _PYTHON_MEMORY is None:
+            self.part = random.getstate()
+        else:
+            self.part = _PYTHON_MEMORY.tobytes(), random._inst.gauss_next  # type: ignore[attr-defined]
+
+    def install(self) -> None:
+        if _PYTHON_MEMORY is None:
+            random.setstate(self.part)
+        else:
+            _PYTHON_MEMORY[:], random._inst.gauss_next = self.part  # type: ignore[attr-defined]
+
+    def load(self, state: Any) -> None:
+        _, (*words, position), kept = state
+        self.part = state if _PYTHON_MEMORY is None else (struct.pack(_PYTHON_WORDS, position, *words), kept)
 
 
 class _NumpyState:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from . import _lightning as pl
 from ._lightning_loops import report_boundaries
+from ._lightning_steps import shorten_steps
 from .data.pool import Member, WorkerPools
 from .elastic.events import report
 from .elastic.replication import Replication
@@ -220,6 +221,7 @@ class Session:
         functions: dict[int, Callable[[], Any]] = {self.lead: _until_stopped(partial(function, *args, **kwargs))}
         pl.follow_agreed_stop(trainer, self.executor)
         report_boundaries(trainer)
+        shorten_steps(trainer)
         self.leaving.clear()
         for rank in self.ests[1:]:
             functions[rank] = self._for_rank(rank, trainer, function, args, kwargs)

@@ -107,7 +107,7 @@ GLUE = {
     "launcher.py",
     "strategy.py",
 }
-GLUE |= {"execution.py", "_lightning_loggers.py", "_lightning_loops.py", "stopping.py"}
+GLUE |= {"execution.py", "_lightning_loggers.py", "_lightning_loops.py", "_lightning_steps.py", "stopping.py"}
 GLUE |= {"checkpoint_strategy.py", "model_strategy.py", "optimization.py", "session.py", "virtual_environment.py"}
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_easyscale.rng import Generators, find_module_generators
+from lightning_easyscale import rng
+from lightning_easyscale.rng import Generators, find_module_generators, state_of_parts
 
 CPU = [torch.device("cpu")]
 
@@ -40,6 +41,31 @@ def alone(value, counts):
     return [draw(count) for count in counts]
 
 
+@pytest.fixture(params=[True, False], ids=["as bytes", "as objects"])
+def python_words(request, monkeypatch):
+    """The words of Python's generator are found where CPython keeps them, or are not."""
+    if request.param:
+        assert rng._PYTHON_MEMORY is not None
+    else:
+        monkeypatch.setattr(rng, "_PYTHON_MEMORY", None)
+
+
+@pytest.mark.usefixtures("python_words")
+def test_the_state_of_pythons_generator_is_the_one_python_gives():
+    random.seed(3)
+    random.gauss(0, 1)
+    ours, theirs = Generators(CPU), random.getstate()
+    saved = ours.state_dict()
+    assert rng._from_plain(saved["python"]) == theirs
+    assert rng._from_plain(state_of_parts(ours.parts())["python"]) == theirs
+    random.seed(4)
+    other = Generators(CPU)
+    other.load_state_dict(saved)
+    other.install()
+    assert random.getstate() == theirs
+
+
+@pytest.mark.usefixtures("python_words")
 @pytest.mark.parametrize("seeds", [(1, 2, 3), (5, 5, 5)], ids=["different", "equal"])
 def test_interleaved_ests_draw_what_they_draw_alone(seeds):
     counts = [[1, 3, 0, 2, 1], [2, 1, 1, 0, 5], [0, 0, 1, 1, 1]]

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.worker import _IterableDatasetStopIteration
 
 from ..rng import Generators
-from .identity import DataStateError, digest_of, identity_of
+from .identity import DataStateError, digest_of, identity_of, index_bytes
 from .owned import load_states, owned_generators, states_of
 from .pool import Member, Resume, Stream, WorkerPools
 from .worker import is_stateful
@@ -237,7 +237,7 @@ class FollowedLoader:
 
         def observed() -> Iterator[Any]:
             for batch in sampler:
-                position.indices.update(repr(batch).encode())
+                position.indices.update(index_bytes(batch))
                 yield batch
 
         iterator._sampler_iter = observed()
@@ -246,7 +246,7 @@ class FollowedLoader:
         self.position.batches += 1
         if self._stream is not None and self.loader.in_order and hasattr(self._iterator, "_rcvd_idx"):
             indices = self._stream.consumed(self._iterator._rcvd_idx - 1)
-            self.position.indices.update(repr(indices).encode())
+            self.position.indices.update(index_bytes(indices))
 
     def _mark(self, newest: Any = None) -> None:
         if not self._has_workers and is_stateful(self.loader.dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -68,6 +69,16 @@ def digest_of(batch: Any) -> str:
     for part in _parts(batch):
         total.update(part + b"\0")
     return total.hexdigest()
+
+
+def index_bytes(indices: Any) -> bytes:
+    """What a sampler gave for one batch, as bytes that tell it from another: of a list of integers themselves."""
+    if type(indices) is list:
+        try:
+            return array("q", (len(indices), *indices)).tobytes()
+        except (TypeError, OverflowError):
+            pass
+    return repr(indices).encode()
 
 
 def _parts(value: Any) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,18 @@ class LoaderFollower:
         generators: the EST's generators.
         member: the EST; None: the only one.
         pools: the executor's worker pools.
+        reading: entered while a batch is read.
     """
 
-    def __init__(self, generators: Generators, member: Member | None = None, pools: WorkerPools | None = None) -> None:
+    def __init__(
+        self,
+        generators: Generators,
+        member: Member | None = None,
+        pools: WorkerPools | None = None,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._generators = generators
+        self._reading = reading
         self._member = member or Member(0, {}, on_enter=lambda rank: None, let_others_run=lambda tag: None)
         self._pools = pools or WorkerPools()
         self._loaders: list[FollowedLoader] = []
@@ -163,6 +172,15 @@ class LoaderFollower:
         return followed.expected is not None and followed.expected["epoch_start"] is None
 
     def _batches(self, followed: FollowedLoader, *, begun: bool) -> Iterator[Any]:
+        batches, ended = self._all_batches(followed, begun=begun), object()
+        while True:
+            with self._reading():
+                batch = next(batches, ended)
+            if batch is ended:
+                return
+            yield batch
+
+    def _all_batches(self, followed: FollowedLoader, *, begun: bool) -> Iterator[Any]:
         self._deferred = False
         if self._expected_generators is not None and self._is_between_epochs(followed):
             # Read ahead, before the EST's generators are restored: the batch is drawn from those that will be.

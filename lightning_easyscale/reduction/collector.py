@@ -114,13 +114,17 @@ class ESTDataParallel(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the module; outside `no_sync` and with gradients enabled, the next backward is reduced."""
+        return self.run(self.module, *inputs, **kwargs)
+
+    def run(self, function: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
+        """`forward` with a method of the module in its place."""
         if torch.is_grad_enabled():
             self._refuse_unfinished()
         if self.require_forward_param_sync and self.broadcast_buffers:
             self._sync_buffers()
         # `torch.compile` asks which wrapper is at work, and splits graphs as for DDP.
         with DistributedDataParallel._inside_ddp_forward(self):  # type: ignore[arg-type]
-            output = self.module(*inputs, **kwargs)
+            output = function(*inputs, **kwargs)
         # Read after the module ran: Lightning switches synchronisation off inside forward for manual optimization.
         if torch.is_grad_enabled() and self.require_backward_grad_sync:
             self.require_forward_param_sync = True

@@ -32,6 +32,8 @@ from .layout import rebuilt_layout
 from .tree import TreeFold
 
 _SHORT = 4096  # elements
+# Where nothing is exchanged while backward goes on, smaller buckets are but more launches.
+_ALONE_CAP_MB = 100.0
 
 
 class TreeGradients(GradientReduce):
@@ -43,7 +45,7 @@ class TreeGradients(GradientReduce):
         group: process group of all executors; None for one executor.
         private_gradients: see `GradientReduce`.
         offload: ``"host"`` lets partial sums wait in pinned host memory.
-        bucket_cap_mb: size of a bucket in MiB, as in DDP.
+        bucket_cap_mb: size of a bucket in MiB, as in DDP; None: also DDP's, or more on the GPU of a single executor.
         rendezvous: see `GradientReduce`.
         before: called before each bucket is reduced.
         in_turn: suspends an EST until all lower local ranks have come to their first gradient.
@@ -65,6 +67,7 @@ class TreeGradients(GradientReduce):
         self._reduction = TreeReduction(placement, executor, group, placement.num_ests, before=before)
         super().__init__(self._reduction, private_gradients=private_gradients, rendezvous=rendezvous)
         self._aside = Aside() if offload is not None else None
+        self._alone = group is None
         self._bucket_cap_mb = bucket_cap_mb
         self._in_turn = in_turn
         self._begun: set[int] = set()
@@ -74,8 +77,11 @@ class TreeGradients(GradientReduce):
         self._pending: list[Pending] = []
 
     def _prepare(self, parameters: list[Parameter]) -> None:
+        cap = self._bucket_cap_mb
+        if cap is None and self._alone and parameters[0].is_cuda:
+            cap = _ALONE_CAP_MB
         # Gradients of the last parameters are expected first.
-        layout = rebuilt_layout(range(len(parameters) - 1, -1, -1), parameters, self._bucket_cap_mb)
+        layout = rebuilt_layout(range(len(parameters) - 1, -1, -1), parameters, cap)
         places: dict[int, tuple[_Bucket, int]] = {}
         for members in layout.buckets:
             bucket = _Bucket(members, parameters, self._ests, self.n, self._aside)

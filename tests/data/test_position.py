@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_easyscale.data.identity import index_bytes
 from lightning_easyscale.data.position import DataStateError, LoaderFollower
 from lightning_easyscale.rng import Generators
 
@@ -67,6 +69,51 @@ def test_between_epochs_nothing_is_skipped() -> None:
     follower, loader, _ = follow(Noisy())
     follower.resume_from(position)
     assert len(list(loader)) == 6
+
+
+def test_index_batches_are_told_apart() -> None:
+    batches: list[Any] = [
+        [1, 2],
+        [2, 1],
+        [1],
+        [1, 2, 0],
+        [(1, 2)],
+        {1: 2},
+        {1: 3},
+        "12",
+        ["1", "2"],
+        [1.5],
+        [2**70],
+        [-1],
+    ]
+    assert len({index_bytes(batch) for batch in batches}) == len(batches)
+    # One after the other too: each says how many there are.
+    assert index_bytes([1, 2]) + index_bytes([3]) != index_bytes([1]) + index_bytes([2, 3])
+    assert index_bytes(torch.tensor([4, 5]).numpy().tolist()) == index_bytes([4, 5])
+
+
+def test_a_batch_is_read_inside_what_was_given() -> None:
+    inside: list[bool] = []
+    now = False
+
+    @contextmanager
+    def reading() -> Any:
+        nonlocal now
+        now = True
+        yield
+        now = False
+
+    class Looking(Noisy):
+        def __getitem__(self, index: int) -> Tensor:
+            inside.append(now)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Looking(4), batch_size=2)
+    follower = LoaderFollower(Generators([]), reading=reading)
+    follower.attach(loader)
+    for _ in loader:
+        assert not now
+    assert inside == [True] * 4
 
 
 def test_a_second_attachment_changes_nothing() -> None:

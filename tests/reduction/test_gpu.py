@@ -70,6 +70,16 @@ def test_partial_sums_may_wait_in_host_memory_beside_training(n: int, monkeypatc
         assert torch.equal(result.cpu(), tree_fold(parts))
 
 
+def test_one_executor_folds_a_small_model_at_once() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1 << 20, device="cuda")) for _ in range(12)]  # 4 MiB each
+    sizes = {}
+    for cap in (None, 8.0):
+        reduce = TreeGradients(Placement((2,)), 0, None, bucket_cap_mb=cap)
+        reduce.register(0, parameters)
+        sizes[cap] = [len(group) for group in reduce.groups]
+    assert sizes == {None: [12], 8.0: [2] * 6}
+
+
 def test_threads_do_not_keep_a_workspace_each() -> None:
     x = torch.ones(256, 256, device="cuda")
     reduce = TreeGradients(Placement((2,)), 0, None)
