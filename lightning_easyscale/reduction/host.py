@@ -7,7 +7,7 @@ one after the other, so a sum that comes back is whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -28,24 +28,31 @@ def to_host(flat: Tensor) -> Tensor:
 
 
 class HostRoom:
-    """Pinned host memory for the tensors of a fold, used again from step to step.
+    """Host memory, pinned for a CUDA device, used again from step to step for tensors of the same form.
 
-    To get pinned memory stops the process for milliseconds. What one stream has enqueued comes in order, so memory may
-    take the next tensor as soon as the stream that filled it has been told to read it.
+    To get pinned memory takes long, the first time milliseconds. What one stream has enqueued comes in order, so memory
+    may take the next tensor as soon as the stream that filled it has been told to read it, or waits for who was.
     """
 
     def __init__(self) -> None:
-        self._free: list[Tensor] = []
+        self._free: dict[Hashable, list[Tensor]] = {}
 
     def take_in(self, flat: Tensor) -> Tensor:
         """Copy of a tensor, enqueued on the current stream."""
-        if self._free and (self._free[-1].shape, self._free[-1].dtype) != (flat.shape, flat.dtype):
-            self._free.clear()
-        return self._free.pop().copy_(flat, non_blocking=True) if self._free else copied_to_host(flat)
+        free = self._free.get(_form(flat))
+        if free:
+            return free.pop().copy_(flat, non_blocking=True)
+        # Forms change: what fits nothing any more is not kept.
+        self._free.clear()
+        return copied_to_host(flat)
 
     def give_back(self, room: Tensor) -> None:
         """What `take_in` returned has been read, as far as that stream goes."""
-        self._free.append(room)
+        self._free.setdefault(_form(room), []).append(room)
+
+
+def _form(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 class Aside:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .host import Aside, copied_to_host
+from .host import Aside, HostRoom
 
 WORTH = 1 << 20  # bytes; smaller ones share their allocation with others
 
@@ -27,6 +27,7 @@ class WaitingInputs:
     def __init__(self) -> None:
         self._held: list[weakref.ref[Tensor]] = []
         self._aside = Aside()
+        self._room = HostRoom()
 
     def hold(self, given: Any, moved: Any) -> None:
         """A batch has come to the device; the one before it is forgotten.
@@ -36,7 +37,7 @@ class WaitingInputs:
             moved: what ``Tensor.to`` made of each tensor: itself, which is left alone as somebody else may read it
                 meanwhile, or a tensor that only this EST has.
         """
-        before, after = tree_leaves(given), tree_leaves(moved)
+        before, after = _leaves(given), _leaves(moved)
         pairs = zip(before, after, strict=True) if len(before) == len(after) else ()
         self._held = [weakref.ref(new) for old, new in pairs if new is not old and _may_go(new)]
 
@@ -47,7 +48,7 @@ class WaitingInputs:
         storages = [tensor.untyped_storage() for tensor in tensors]
         sizes = [storage.nbytes() for storage in storages]
         with self._aside.after(*tensors):
-            copies = [copied_to_host(tensor) for tensor in tensors]
+            copies = [self._room.take_in(tensor) for tensor in tensors]
         for storage in storages:
             storage.resize_(0)
         try:
@@ -58,6 +59,14 @@ class WaitingInputs:
                 storage.resize_(size)
                 # `data` has a version of its own: what a graph has saved was not written to.
                 tensor.data.copy_(copy, non_blocking=True)
+                self._room.give_back(copy)
+
+
+def _leaves(batch: Any) -> list[Any]:
+    """`tree_leaves`, without its search in what most loaders give."""
+    if type(batch) in (list, tuple) and all(type(item) is Tensor for item in batch):
+        return list(batch)
+    return tree_leaves(batch)
 
 
 def _may_go(tensor: Any) -> bool:

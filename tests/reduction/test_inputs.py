@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_easyscale.reduction.host import Aside
+from lightning_easyscale.reduction.host import Aside, HostRoom
 from lightning_easyscale.reduction.inputs import WORTH, WaitingInputs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -60,6 +60,28 @@ def test_a_graph_that_was_retained_can_be_gone_through_again(device: str) -> Non
         pass
     loss.backward()
     assert torch.equal(weight.grad, first)
+
+
+def test_host_memory_serves_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    take_in = HostRoom.take_in
+
+    def noted(self: HostRoom, tensor: Tensor) -> Tensor:
+        room = take_in(self, tensor)
+        used.append(room.data_ptr())
+        return room
+
+    monkeypatch.setattr(HostRoom, "take_in", noted)
+    inputs = WaitingInputs()
+    for shapes in ([(LARGE,), (2, LARGE)],) * 3 + ([(3, LARGE)],) * 2:
+        given = [torch.randn(shape) for shape in shapes]
+        moved = [tensor.clone() for tensor in given]
+        inputs.hold(given, moved)
+        with inputs.away():
+            pass
+        assert all(map(torch.equal, moved, given))
+    assert used[:2] == used[2:4] == used[4:6]
+    assert used[6] == used[7]
 
 
 def test_what_others_may_read_or_is_not_worth_it_stays() -> None:
