@@ -246,6 +246,7 @@ class ModelStrategy(DDPStrategy):
         if self.is_lead:
             self.session.lead_optimizers = self.optimizers
         self.plain_steps = plain_steps(self.lightning_module, self.precision_plugin)
+        self.only_follows = False
         if len(self.session.ests) > 1:
             meet = self._meet_before_step if reads_before_step(self.lightning_module) else None
             reduced = self._shown = None

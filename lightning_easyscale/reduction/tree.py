@@ -17,7 +17,7 @@ from torch import Tensor
 from .host import Aside, HostRoom
 from .orders import carries, check_parts, finish_blocks, push_block
 
-_AT_ONCE = 1 << 25  # elements that come back from host memory at a time, where a bucket has more
+_AT_ONCE = 1 << 24  # elements that come back from host memory at a time, where a bucket has more
 
 
 class Block(NamedTuple):
