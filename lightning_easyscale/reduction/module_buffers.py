@@ -28,7 +28,8 @@ class ModuleBuffers:
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
         self._module = module
         self._ignored = ignored
-        self._parents: list[tuple[dict[str, Any], list[nn.Module | None]]] = []
+        self._parents: list[dict[str, Any]] = []  # of modules with children
+        self._children: list[nn.Module | None] = []
         self._holders: list[dict[str, Tensor | None]] = []
         self._empty: list[dict[str, Any]] = []  # modules without children, modules without buffers
         self._entries: list[Tensor | None] = []
@@ -38,17 +39,22 @@ class ModuleBuffers:
         """The buffers that hold anything, each once, in order, those of one type and device together."""
         if self._ignored:
             return _by_type(b for name, b in self._module.named_buffers() if name not in self._ignored)
-        if self._groups is None or any(self._empty) or any(list(now.values()) != old for now, old in self._parents):
+        if self._groups is None or any(self._empty) or _all_values(self._parents) != self._children:
             modules = list(self._module.modules())
-            self._parents = [(m._modules, list(m._modules.values())) for m in modules if m._modules]
+            self._parents = [m._modules for m in modules if m._modules]
+            self._children = _all_values(self._parents)
             self._holders = [m._buffers for m in modules if m._buffers]
             self._empty = [d for m in modules for d in (m._modules, m._buffers) if not d]
             self._groups = None
-        entries = list(chain.from_iterable(map(_values, self._holders)))
+        entries = _all_values(self._holders)
         if self._groups is None or len(entries) != len(self._entries) or not all(map(is_, entries, self._entries)):
             self._entries = entries
             self._groups = _by_type({id(b): b for b in entries if b is not None}.values())
         return self._groups
+
+
+def _all_values(tables: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(_values, tables)))
 
 
 def _by_type(buffers: Any) -> list[list[Tensor]]:
