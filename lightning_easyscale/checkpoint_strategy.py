@@ -71,4 +71,5 @@ class CheckpointStrategy(ModelStrategy):
 
     def on_train_start(self) -> None:
         """Restore what is the EST's own."""
+        super().on_train_start()
         self.checkpointing.resume()

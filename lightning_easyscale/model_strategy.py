@@ -265,9 +265,16 @@ class ModelStrategy(DDPStrategy):
                     meet=meet,
                     reduced=reduced,
                     watching_writes=self._watching_writes,
-                    watches_closure=not self.plain_steps,
+                    watches_closure=lambda: not self.plain_steps,
                 )
             self._show_lead_state()
+
+    def on_train_start(self) -> None:
+        """Hooks may have been added since optimizers were set up."""
+        super().on_train_start()
+        assert self.lightning_module is not None
+        if not plain_steps(self.lightning_module, self.precision_plugin):
+            self.plain_steps = self.only_follows = False
 
     def follow(self, closure: Callable[[], Any]) -> None:
         """The whole of a step of an EST that only follows."""

@@ -178,7 +178,7 @@ def follow_lead(
     meet: Callable[[], None] | None,
     reduced: Callable[[], None] | None,
     watching_writes: Callable[[bool], AbstractContextManager[None]],
-    watches_closure: bool = True,
+    watches_closure: Callable[[], bool],
 ) -> None:
     """Make an optimizer's `step` take its part among the ESTs of an executor.
 
@@ -209,7 +209,7 @@ def follow_lead(
             nonlocal closures
             closures += 1
             turns.announce(index, step, closures)
-            with watching_writes(watches_closure):
+            with watching_writes(watches_closure()):
                 result = closure()
             if reduced is not None:
                 reduced()

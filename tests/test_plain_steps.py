@@ -120,6 +120,23 @@ def test_a_hook_of_a_callback_is_called_on_every_est(hook: str) -> None:
     assert set(Model.left_out.values()) == {(False, False)}
 
 
+class Adding(pl.Callback):
+    """Adds a callback when training starts."""
+
+    def __init__(self, added: type[pl.Callback]) -> None:
+        self.added = added
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.callbacks.append(self.added())  # type: ignore[attr-defined]
+
+
+def test_a_hook_that_is_added_late_is_called_on_every_est() -> None:
+    added = counting(pl.Callback, "on_before_zero_grad", lambda callback, trainer, *args: trainer.global_rank)
+    fit(Model(), callbacks=[Adding(added)])
+    assert Model.calls == dict.fromkeys(range(N), STEPS)
+    assert set(Model.left_out.values()) == {(False, False)}
+
+
 class Plugin(Precision):
     """A precision plugin of the user's."""
 
