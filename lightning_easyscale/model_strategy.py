@@ -31,7 +31,6 @@ from .optimization import (
 )
 from .progress import hide_job, show_job
 from .reduction.collector import ESTDataParallel
-from .reduction.inputs import WaitingInputs
 from .runtime.writes import has_compiled
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class ModelStrategy(DDPStrategy):
             saved_layout=self.checkpointing.saved_layout,
         )
         if self._gradient_offload is not None and len(session.ests) > 1 and not self._user_moves_batches:
-            wrapper.inputs = WaitingInputs()
+            wrapper.inputs = session.inputs.of(self.global_rank)
         return wrapper
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

@@ -34,6 +34,7 @@ from .reduction.build import collect_gradients
 from .reduction.collector import ESTDataParallel
 from .reduction.gradients import GradientReduce
 from .reduction.host import Offload
+from .reduction.inputs import InputTurns
 from .reduction.layout import BucketLayout
 from .reduction.orders import ring_fold
 from .rng import Generators
@@ -114,6 +115,7 @@ class Session:
         self._local_sequence = dict.fromkeys(self.ests, 0)
         self._gradient_steps = dict.fromkeys(self.ests, 0)
         self.gradients: GradientReduce | None = None
+        self.inputs = InputTurns()
         self.running = False
         self.calls = 0
         self.leaving: set[int] = set()

@@ -60,12 +60,21 @@ class Aside:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
+        self._reached: torch.cuda.Event | None = None
         self._busy = False
 
     @staticmethod
     def serves(tensor: Tensor) -> bool:
         """Whether a tensor is of a device beside whose training there is anything to gain."""
         return tensor.is_cuda
+
+    @staticmethod
+    def spare(device: torch.device) -> int:
+        """Bytes that may be taken while memory is being given back, so that its peak so far remains one."""
+        if device.type != "cuda":
+            return 0
+        allocated = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]
+        return int(allocated["peak"] - allocated["current"]) // 2
 
     @contextmanager
     def after(self, *tensors: Tensor) -> Iterator[None]:
@@ -78,15 +87,41 @@ class Aside:
         if not tensors or not tensors[0].is_cuda:
             yield
             return
-        device = tensors[0].device
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(tensors[0].device)
+        if self._stream is None or self._reached is None:
+            self._stream, self._reached = torch.cuda.Stream(current.device), torch.cuda.Event()
+        self._reached.record(current)
+        self._stream.wait_event(self._reached)
         for tensor in tensors:
             tensor.record_stream(self._stream)
-        self._busy = True
-        with torch.cuda.stream(self._stream):
+        with self._instead_of(current, self._stream):
             yield
+
+    @contextmanager
+    def before(self, event: torch.cuda.Event | None) -> Iterator[torch.cuda.Event | None]:
+        """What is enqueued in the block comes after an event, and not after what the current stream has been given.
+
+        Returns:
+            An event that comes after the block; None where nothing has gone beside so far, and the block does not.
+        """
+        if self._stream is None:
+            yield None
+            return
+        if event is not None:
+            self._stream.wait_event(event)
+        done = torch.cuda.Event()
+        with self._instead_of(torch.cuda.current_stream(self._stream.device), self._stream):
+            yield done
+            done.record(self._stream)
+
+    @contextmanager
+    def _instead_of(self, current: torch.cuda.Stream, stream: torch.cuda.Stream) -> Iterator[None]:
+        self._busy = True
+        torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(current)
 
     def join(self) -> None:
         """What the current stream is given from here on comes after all that was enqueued beside."""

@@ -8,7 +8,8 @@ contiguous range of k ESTs at most ``2 * floor(log2 k) + 1`` sums are alive, the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class TreeFold:
         self._room = HostRoom()
         self._next = ests.start
         self._blocks: list[tuple[int, int, Tensor]] = []
+        self._ahead: list[Tensor] = []  # of the sums that come next, on the device before they are needed
         self._device: torch.device | None = None
 
     @property
@@ -128,19 +130,45 @@ class TreeFold:
 
     def _push_aside(self, start: int, flat: Tensor, aside: Aside) -> None:
         """`push_block` with sums that wait in host memory."""
-        size, carried = 1, []
-        while carries(self._blocks, size):
-            start, _, waiting = self._blocks.pop()
-            carried.append(waiting)
-            size *= 2
-        room = flat.new_empty(min(flat.numel(), _AT_ONCE)) if carried else flat
+        carried = self._carried()
+        for _ in carried:
+            start = self._blocks.pop()[0]
+        ahead, self._ahead = self._ahead, []
+        room = flat.new_empty(min(flat.numel(), _AT_ONCE)) if len(carried) > len(ahead) else flat
         with aside.after(flat, room):
-            for waiting in carried:
-                for part, theirs in zip(flat.split(_AT_ONCE), waiting.split(_AT_ONCE), strict=True):
-                    # Addition commutes, so the new gradient's memory may take the result.
-                    part.add_(room[: len(part)].copy_(theirs, non_blocking=True))
+            for here, waiting in zip_longest(ahead, carried):
+                # Addition commutes, so the new gradient's memory may take the result.
+                if here is not None:
+                    flat.add_(here)
+                else:
+                    for part, theirs in zip(_pieces(flat), _pieces(waiting), strict=True):
+                        part.add_(room[: len(part)].copy_(theirs, non_blocking=True))
                 self._room.give_back(waiting)
-            self._blocks.append((start, size, flat if self.complete else self._room.take_in(flat)))
+            self._blocks.append((start, 1 << len(carried), flat if self.complete else self._room.take_in(flat)))
+
+    def _carried(self) -> list[Tensor]:
+        """The sums to which the gradient that is due will be added, one after the other."""
+        blocks = list(self._blocks)
+        carried: list[Tensor] = []
+        while carries(blocks, 1 << len(carried)):
+            carried.append(blocks.pop()[2])
+        return carried
+
+    def fetch(self, limit: int) -> None:
+        """Begin to bring back, beside training, what the gradient that is due will be added to.
+
+        Args:
+            limit: bytes that it may take on the device; what does not fit comes when the gradient is there.
+        """
+        if self._aside is None or self._device is None or self._ahead or self.complete:
+            return
+        for waiting in self._carried():
+            limit -= waiting.nbytes
+            if limit < 0:
+                return
+            here = torch.empty_like(waiting, device=self._device)
+            with self._aside.after(here):
+                self._ahead.append(here.copy_(waiting, non_blocking=True))
 
     def partials(self) -> list[Block]:
         """Take the aligned blocks of the whole range, on the device of the gradients; the fold is empty afterwards.
@@ -165,3 +193,7 @@ class TreeFold:
             made.copy_(total, non_blocking=True)
         self._room.give_back(total)
         return made
+
+
+def _pieces(flat: Tensor) -> Sequence[Tensor]:
+    return (flat,) if flat.numel() <= _AT_ONCE else flat.split(_AT_ONCE)

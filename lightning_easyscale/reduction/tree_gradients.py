@@ -129,6 +129,13 @@ class TreeGradients(GradientReduce):
             blocks = self._buckets[len(self._pending)].fold.partials()
             with nullcontext() if self._aside is None else self._aside.after(*(block.total for block in blocks)):
                 self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
+            self._fetch_for_last()
+
+    def _fetch_for_last(self) -> None:
+        """Nothing runs beside what the last EST's gradients are added to: let it come while its backward goes on."""
+        if self._aside is not None and len(self._pending) < len(self._buckets):
+            bucket = self._buckets[len(self._pending)]
+            bucket.fold.fetch(self._aside.spare(bucket.device))
 
     def _complete(self) -> None:
         if self._aside is not None:

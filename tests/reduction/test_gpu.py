@@ -46,8 +46,11 @@ def test_gradients_may_wait_in_host_memory() -> None:
     assert torch.equal(result.cpu(), ring_fold(parts))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("n", [2, 3, 5, 8])
-def test_partial_sums_may_wait_in_host_memory_beside_training(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_sums_may_wait_in_host_memory_beside_training(
+    n: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tree, "_AT_ONCE", 100_000)
     aside = Aside()
     fold = TreeFold(range(n), n, aside=aside)
@@ -56,6 +59,8 @@ def test_partial_sums_may_wait_in_host_memory_beside_training(n: int, monkeypatc
         for rank, part in enumerate(parts):
             with aside.after(torch.empty(1, device="cuda")):
                 torch.cuda._sleep(20_000_000)  # the link is slow, and training goes on
+            if ahead:
+                fold.fetch(2_500_000)  # two of them
             fold.push(rank, part.cuda())
             # Memory that the copies still read, though nobody holds it, must not be handed out again.
             for _ in range(3):

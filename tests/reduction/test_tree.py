@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import weakref
 
 import pytest
 import torch
 
-from lightning_easyscale.reduction import tree
+from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction import tree, tree_gradients
 from lightning_easyscale.reduction.host import Aside, HostRoom, to_host
 from lightning_easyscale.reduction.orders import tree_fold
 from lightning_easyscale.reduction.tree import Block, TreeFold, blocks_of, combine
@@ -64,17 +66,72 @@ class _Serving(Aside):
 
 
 @pytest.mark.parametrize("ests", ranges(7), ids=str)
-def test_sums_that_wait_elsewhere_have_the_same_bits(ests: range, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [None, 100, 10_000])
+def test_sums_that_wait_elsewhere_have_the_same_bits(
+    ests: range, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tree, "_AT_ONCE", 7)
     plain, aside = TreeFold(ests, 7), TreeFold(ests, 7, aside=_Serving())
     for _ in range(2):
         for rank, flat in zip(ests, inputs(len(ests), 20, torch.float32), strict=True):
             plain.push(rank, flat.clone())
+            if limit is not None:
+                aside.fetch(limit)
             aside.push(rank, flat.clone())
+        if limit is not None:
+            aside.fetch(limit)
+            assert not aside._ahead
         blocks = aside.partials()
         assert [(b.start, b.size) for b in blocks] == blocks_of(ests)
         for a, b in zip(plain.partials(), blocks, strict=True):
             assert torch.equal(a.total, b.total)
+
+
+def test_sums_come_ahead_as_far_as_there_is_room() -> None:
+    fold = TreeFold(range(8), 8, aside=_Serving())
+    for rank in range(7):
+        fold.push(rank, torch.full((20,), float(rank)))
+    fold.fetch(79)
+    assert not fold._ahead
+    fold.fetch(2 * 80)
+    assert [int(sums[0]) for sums in fold._ahead] == [6, 4 + 5]
+    moved = list(fold._ahead)
+    fold.fetch(1000)
+    assert all(map(operator.is_, fold._ahead, moved))
+    fold.push(7, torch.full((20,), 7.0))
+    assert torch.equal(fold.partials()[0].total, torch.full((20,), 28.0))
+    assert not fold._ahead
+
+
+def test_they_come_ahead_for_the_last_est_once_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, fetched = 4, []
+    monkeypatch.setattr(tree_gradients, "Aside", _Serving)
+    monkeypatch.setattr(_Serving, "spare", staticmethod(lambda device: 1 << 20))
+    fetch = TreeFold.fetch
+
+    def noted(self: TreeFold, limit: int) -> None:
+        fetch(self, limit)
+        fetched.append((self.due, len(self._ahead), limit))
+
+    monkeypatch.setattr(TreeFold, "fetch", noted)
+    reduce = tree_gradients.TreeGradients(Placement((n,)), 0, None, offload="host", bucket_cap_mb=1e-6)
+    parameters = [[torch.nn.Parameter(torch.ones(3)) for _ in range(3)] for _ in range(n)]
+    for rank in range(n):
+        reduce.register(rank, parameters[rank])
+    for step in range(2):
+        grads = [[torch.randn(3) for _ in range(3)] for _ in range(n)]
+        for rank in range(n):
+            for index in (2, 1, 0):
+                parameters[rank][index].grad = grads[rank][index].clone()
+                reduce.deposit(rank, index)
+        for rank in range(n):
+            reduce.finish(rank)
+        # Of three buckets, before the second and the third: the first's gradients are the first sign of life.
+        assert fetched == [(n - 1, 2, 1 << 20)] * 2 * (step + 1)
+        for index in range(3):
+            expected = tree_fold([grads[rank][index] / n for rank in range(n)])
+            assert torch.equal(parameters[0][index].grad, expected)
+            parameters[0][index].grad = None
 
 
 def test_memory_on_the_host_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
