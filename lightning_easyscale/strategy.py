@@ -48,7 +48,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         reduction: order of gradient sums: ``"ddp"`` (gloo's), ``"tree"``, or ``"auto"``: ``"ddp"`` for two ESTs and for
             jobs that use CPUs (as a device here or, under D2, in the pool), else ``"tree"``.
         pool: device types the job may ever use (D2); default: the types of the first placement.
-        threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``.
+        threads_per_est: CPU threads of each EST; default ``max(1, cpu_count // num_ests)``; slow, if CPUs are fewer.
         ests_per_executor: how many ESTs each device hosts, in device order; default: the planner decides.
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast.
         max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).

@@ -88,7 +88,9 @@ class EstOverheadConf:
         steps: optimizer steps of a block.
         warmup: steps before the first.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
-        threads: CPU threads per process; default: all.
+        threads: CPU threads of each worker; default: what each side has by itself, which is a share of the CPUs for
+            each EST, and for each process of the stock sides. Threads of an EST wait in a pool of their own, and where
+            there are more of them in all than CPUs, they fall asleep at once and have to be woken.
         reduction: order of gradient reduction.
         precision: of the Trainer.
         seconds: do not begin another workload when it would not end within so many seconds, judging by the last.
@@ -118,6 +120,7 @@ class EstOverheadConf:
 ConfigStore.instance().store(name="est_overhead_schema", node=EstOverheadConf)
 
 
+_ESTS = ("easyscale", "host", "overlap")  # the sides that have them
 _RUN = ("plot_only", "seconds", "timeout_s", "workloads")  # what decides no row
 
 
@@ -179,7 +182,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
         kinds.append("overlap")
     sides = {
         kind: Side(
-            kind="easyscale" if kind in ("host", "overlap") else kind,
+            kind="easyscale" if kind in _ESTS else kind,
             model=name,
             workers=conf.executors if kind == "ddp" else conf.ests * conf.executors,
             executors=conf.executors,
@@ -190,7 +193,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             blocks=conf.blocks,
             warmup=conf.warmup,
             accelerator="gpu" if gpu else "cpu",
-            threads=conf.threads or determinism.default_threads(conf.executors),
+            threads=conf.threads or determinism.default_threads(conf.executors * (conf.ests if kind in _ESTS else 1)),
             reduction="tree" if kind == "host" else conf.reduction,
             directory=str(directory / "sides" / f"{name}_{kind}"),
             workload=workload,
