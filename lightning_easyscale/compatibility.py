@@ -118,7 +118,7 @@ def refuse_in_pytorch_lightning(names: tuple[str, ...]) -> None:
         old.StrategyRegistry.register(name, refuse, description="Needs lightning.pytorch", override=True)
 
 
-def check_arguments(num_ests: Any, reduction: Any, threads: Any, offload: Any) -> None:
+def check_arguments(num_ests: Any, reduction: Any, threads: Any, gradients: Any, inputs: Any) -> None:
     """Refuse arguments of the strategy that cannot be honoured.
 
     Raises:
@@ -130,5 +130,6 @@ def check_arguments(num_ests: Any, reduction: Any, threads: Any, offload: Any) -
         raise ValueError(f"`reduction={reduction!r}` is unknown. HINT: choose 'auto', 'ddp' or 'tree'.")
     if threads is not None and threads < 1:
         raise ValueError(f"`threads_per_est={threads}` is not a number of threads. HINT: give at least 1.")
-    if offload not in (None, "host"):
-        raise ValueError(f"`gradient_offload={offload!r}` is unknown. HINT: choose None or 'host'.")
+    for name, place in (("gradient_offload", gradients), ("input_offload", inputs)):
+        if place not in (None, "host"):
+            raise ValueError(f"`{name}={place!r}` is unknown. HINT: choose None or 'host'.")

@@ -257,8 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model |= {"overlap": arguments.overlap, "optimizer": arguments.optimizer, "each": own + arguments.input}
         kinds: dict[str, dict[str, Any]] = {f'reduction="{order}"': {"reduction": order} for order in ("ddp", "tree")}
         if own:  # a GPU's
-            # Inputs wait on the host too.
             one_input = {"activations": arguments.activations + arguments.input, "each": own}
+            kinds['reduction="tree", input_offload="host"'] = {"reduction": "tree", **one_input}
+            # Inputs wait on the host too.
             kinds['gradient_offload="host"'] = {"offload": True, **one_input}
         for name, ways in kinds.items():
             fit = most_ests(memory, arguments.num_ests, **{**model, **ways})

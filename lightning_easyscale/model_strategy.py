@@ -49,6 +49,7 @@ class ModelStrategy(DDPStrategy):
 
     Args:
         gradient_offload: see `EasyScaleStrategy`.
+        input_offload: see `EasyScaleStrategy`.
         overlap_backward: see `EasyScaleStrategy`.
         process_group_backend: see `EasyScaleStrategy`.
         timeout: see there.
@@ -67,6 +68,7 @@ class ModelStrategy(DDPStrategy):
         self,
         *,
         gradient_offload: Literal["host"] | None,
+        input_offload: Literal["host"] | None,
         overlap_backward: bool,
         process_group_backend: str | None,
         timeout: timedelta,
@@ -78,6 +80,7 @@ class ModelStrategy(DDPStrategy):
         )
         self.session: Session | None = None
         self._gradient_offload = gradient_offload
+        self._inputs_wait_elsewhere = "host" in (gradient_offload, input_offload)
         self._overlap_backward = overlap_backward
         self._shown: ShownGradients | None = None
         self._shows_job: Trainer | None = None
@@ -181,12 +184,12 @@ class ModelStrategy(DDPStrategy):
             overlaps=self._overlap_backward,
             saved_layout=self.checkpointing.saved_layout,
         )
-        if self._gradient_offload is not None and len(session.ests) > 1 and not self._user_moves_batches:
+        if self._inputs_wait_elsewhere and len(session.ests) > 1 and not self._user_moves_batches:
             wrapper.inputs = session.inputs.of(self.global_rank)
         return wrapper
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch to the device; with `gradient_offload`, it may leave it while the EST waits."""
+        """Move a batch to the device; with `input_offload`, it may leave it while the EST waits."""
         with self._watching_writes(self._user_moves_batches):
             moved = super().batch_to_device(batch, device, dataloader_idx)
         if isinstance(self.model, ESTDataParallel) and self.model.inputs is not None:

@@ -53,7 +53,9 @@ class EasyScaleStrategy(CheckpointStrategy):
         step_seconds: seconds of one EST's step by device type, for the planner; default: all are equally fast.
         max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).
         gradient_offload: ``"host"`` keeps what waits in pinned host memory: partial sums under the ``tree`` order,
-            else gradients; and inputs of an MiB and more, unless the user's own hooks bring them to the device.
+            else gradients; and inputs, as the next does.
+        input_offload: ``"host"`` keeps the inputs of ESTs that wait there, if they have an MiB or more and the user's
+            own hooks do not bring them to the device.
         overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
             Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
         process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.
@@ -91,6 +93,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         step_seconds: Mapping[str, float] | None = None,
         max_ests: Mapping[str, int] | None = None,
         gradient_offload: Literal["host"] | None = None,
+        input_offload: Literal["host"] | None = None,
         overlap_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
@@ -118,13 +121,14 @@ class EasyScaleStrategy(CheckpointStrategy):
             options["broadcast_buffers"] = False
         super().__init__(
             gradient_offload=gradient_offload,
+            input_offload=input_offload,
             overlap_backward=overlap_backward,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
             ddp_options=options,
         )
-        check_arguments(num_ests, reduction, threads_per_est, gradient_offload)
+        check_arguments(num_ests, reduction, threads_per_est, gradient_offload, input_offload)
         self.level = det.Level.parse(determinism)
         self._num_ests = num_ests
         self._has_stepped = False

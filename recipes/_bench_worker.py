@@ -45,6 +45,7 @@ class Side:
         workload: fields of `WorkloadConf` to train instead of ``model``; its data is synthetic.
         precision: of the Trainer.
         offload: EasyScale's ``gradient_offload``.
+        input_offload: EasyScale's.
         overlaps: EasyScale's ``overlap_backward``.
         repeats: one batch is made once and trained on again and again, so that data costs nothing.
         slices: report how long each EST has held the baton.
@@ -68,6 +69,7 @@ class Side:
     workload: dict[str, Any] | None = None
     precision: str = "32-true"
     offload: str | None = None
+    input_offload: str | None = None
     overlaps: bool = False
     repeats: bool = False
     slices: bool = False
@@ -311,6 +313,7 @@ def _arguments(side: Side) -> dict[str, Any]:
         threads_per_est=side.threads,
         reduction=side.reduction,  # type: ignore[arg-type]
         gradient_offload=side.offload,  # type: ignore[arg-type]
+        input_offload=side.input_offload,  # type: ignore[arg-type]
         overlap_backward=side.overlaps,
         elastic_dir=_empty(Path(side.directory) / "elastic") if side.snapshot_every is not None else None,
         snapshot_every_n_steps=side.snapshot_every,  # type: ignore[arg-type]

@@ -41,13 +41,15 @@ PUBLISHED_S = {
 LABELS = {
     "easyscale": "EasyScale",
     "easyscale_overlap": "EasyScale, backward beside forward",
-    "easyscale_host": "EasyScale, sums on the host",
+    "easyscale_inputs": "EasyScale, inputs on the host",
+    "easyscale_host": "EasyScale, inputs and sums on the host",
     "accumulate": "accumulation over k",
     "packing": "k DDP processes",
 }
 COLOURS = {
     "easyscale": "#0072B2",
     "easyscale_overlap": "#CC79A7",
+    "easyscale_inputs": "#E69F00",
     "easyscale_host": "#56B4E9",
     "accumulate": "#009E73",
     "packing": "#D55E00",

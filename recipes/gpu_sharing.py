@@ -2,8 +2,8 @@
 
 ``python -m recipes.gpu_sharing`` measures, for every workload and k,
 
-- ``easyscale``: k ESTs; ``easyscale_overlap``: the same with ``overlap_backward=True``; ``easyscale_host``: with
-  ``gradient_offload="host"`` (`tree` order);
+- ``easyscale``: k ESTs; ``easyscale_overlap``: the same with ``overlap_backward=True``; ``easyscale_inputs``: with
+  ``input_offload="host"``; ``easyscale_host``: with ``gradient_offload="host"`` (`tree` order), which includes it;
 - ``packing``: k stock DDP processes on the device, over gloo: NCCL refuses to share a device;
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` in one process: the work without ESTs.
 
@@ -53,7 +53,7 @@ from .est_overhead import PUBLISHED_MS
 SETTINGS = {"resnet50": (32, "32-true"), "shufflenetv2": (512, "32-true"), "bert": (8, "bf16-mixed")}
 """Workload -> batch size and precision at ``size=full``; the first two are the paper's. Others have their own."""
 
-KINDS = ("packing", "accumulate", "easyscale", "easyscale_overlap", "easyscale_host")
+KINDS = ("packing", "accumulate", "easyscale", "easyscale_overlap", "easyscale_inputs", "easyscale_host")
 _MEMORY = ("device_mib", "allocated_mib", "reserved_mib")
 
 
@@ -243,6 +243,7 @@ class Sharing:
             workload=workload,
             precision=self._precision(name),
             offload="host" if host else None,
+            input_offload="host" if kind == "easyscale_inputs" else None,
             overlaps=kind == "easyscale_overlap",
             repeats=True,
             releases=True,

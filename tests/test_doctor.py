@@ -109,6 +109,8 @@ def test_the_command_says_what_fits(capsys, monkeypatch):
     assert doctor.main(model) == 1
     out = capsys.readouterr().out
     assert 'gradient_offload="host": 4 of 4 ESTs fit on a device (4 GiB); the job needs at least 1 device(s)' in out
+    # A third one's gradients take the place of a second one's inputs.
+    assert 'reduction="tree", input_offload="host": 3 of 4 ESTs fit on a device (4 GiB)' in out
     assert 'reduction="ddp": 2 of 4 ESTs fit on a device (4 GiB); the job needs at least 2 device(s)' in out
     assert "D1: broken by the above" in out
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""`gradient_offload="host"`: batches of ESTs that wait leave the device; those that somebody else may read do not."""
+"""`input_offload="host"`: batches of ESTs that wait leave the device; those that somebody else may read do not."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ class Data(pl.LightningDataModule):
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(
-        cls: type[Model], offload: Any = "host", datamodule: Any = None, overlap: bool = False
+        cls: type[Model], option: str | None = "input_offload", datamodule: Any = None, overlap: bool = False
     ) -> list[tuple[int, list[int]]]:
         cls.on_device, cls.seen, cls.intact = {}, [], []
         # As if the device were another.
         monkeypatch.setattr(hooks, "move_data_to_device", lambda batch, _: batch.clone())
         trainer = pl.Trainer(
             strategy=EasyScaleStrategy(
-                num_ests=N, reduction="tree", gradient_offload=offload, overlap_backward=overlap
+                num_ests=N, reduction="tree", overlap_backward=overlap, **({option: "host"} if option else {})
             ),
             accelerator="cpu",
             devices=1,
@@ -91,9 +91,10 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.parametrize("option", ["input_offload", "gradient_offload"])
 @pytest.mark.parametrize("cls", [Model, Preparing])
-def test_one_batch_is_on_the_device_at_a_time(train: Any, cls: Any) -> None:
-    assert train(cls) == [(rank, [rank]) for _ in range(STEPS) for rank in range(N)]
+def test_one_batch_is_on_the_device_at_a_time(train: Any, cls: Any, option: str) -> None:
+    assert train(cls, option) == [(rank, [rank]) for _ in range(STEPS) for rank in range(N)]
 
 
 def test_beside_a_backward_another_batch_is_there(train: Any) -> None:
@@ -105,7 +106,7 @@ def test_beside_a_backward_another_batch_is_there(train: Any) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(Model, {"offload": None}), (Moving, {}), (Model, {"datamodule": Data()})],
+    [(Model, {"option": None}), (Moving, {}), (Model, {"datamodule": Data()})],
     ids=["without", "a hook of the module", "a hook of the data module"],
 )
 def test_batches_stay_where_they_are(train: Any, cls: Any, options: Any) -> None:

@@ -147,6 +147,7 @@ def main(spec: dict[str, Any]) -> None:
             reduction=spec["reduction"],
             overlap_backward=spec["overlap"],
             gradient_offload=spec["offload"],
+            input_offload=spec["input_offload"],
             threads_per_est=2,
             process_group_backend=backend,
         )

@@ -46,6 +46,7 @@ def run(folder: Path, name: str, *, processes: int, share: bool = True, **spec: 
         "metrics": True,
         "overlap": False,
         "offload": None,
+        "input_offload": None,
         "devices": 1 if share else processes,
         "num_nodes": processes if share else 1,
         **spec,
@@ -105,9 +106,9 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
 def test_gradients_that_wait_in_host_memory_equal_four_processes(tmp_path, reduction):
     common = {"n": 4, "model": "transformer", "reduction": reduction}
     reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
-    for split in ([4], [3, 1]):
-        held = {"kind": "easyscale", "split": split, "offload": "host"}
-        assert_equal(run(tmp_path, f"ours {split}", processes=len(split), **held, **common), reference)
+    for split, option in (([4], "offload"), ([3, 1], "offload"), ([4], "input_offload")):
+        held = {"kind": "easyscale", "split": split, option: "host"}
+        assert_equal(run(tmp_path, f"ours {split} {option}", processes=len(split), **held, **common), reference)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
