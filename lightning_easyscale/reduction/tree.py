@@ -18,7 +18,7 @@ from torch import Tensor
 from .host import Aside, HostRoom
 from .orders import carries, check_parts, finish_blocks, push_block
 
-_AT_ONCE = 1 << 24  # elements that come back from host memory at a time, where a bucket has more
+_AT_ONCE = 25 << 20  # elements that come back from host memory at a time, where a bucket has more
 
 
 class Block(NamedTuple):
@@ -158,11 +158,12 @@ class TreeFold:
         """Begin to bring back, beside training, what the gradient that is due will be added to.
 
         Args:
-            limit: bytes that it may take on the device; what does not fit comes when the gradient is there.
+            limit: bytes that it may take on the device; what does not fit comes when the gradient is there, or the next
+                time that this is called.
         """
-        if self._aside is None or self._device is None or self._ahead or self.complete:
+        if self._aside is None or self._device is None or self.complete:
             return
-        for waiting in self._carried():
+        for waiting in self._carried()[len(self._ahead) :]:
             limit -= waiting.nbytes
             if limit < 0:
                 return

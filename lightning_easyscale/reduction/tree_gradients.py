@@ -26,6 +26,7 @@ from ..runtime.bulk import assign, below_autograd, drop, has_none
 from .bucket import BucketForm
 from .exchange import TreeReduction
 from .gradients import GradientReduce, Rendezvous
+from .hooks import GradientHooks
 from .host import Aside, Offload
 from .lane import Pending
 from .layout import rebuilt_layout
@@ -75,6 +76,14 @@ class TreeGradients(GradientReduce):
         self._buckets: list[_Bucket] = []
         self._place: list[tuple[_Bucket, int]] = []
         self._pending: list[Pending] = []
+        self._milestones: GradientHooks | None = None
+
+    def register(self, rank: int, parameters: Sequence[Parameter]) -> None:
+        """See `GradientReduce.register`."""
+        super().register(rank, parameters)
+        if rank == self._ests[-1] and self._aside is not None and self._aside.serves(parameters[0]):
+            self._milestones = GradientHooks(parameters, self._fetch_for_last)
+            self._milestones.listen([i for bucket in self._buckets for i in bucket.halfway()])
 
     def _prepare(self, parameters: list[Parameter]) -> None:
         cap = self._bucket_cap_mb
@@ -131,11 +140,15 @@ class TreeGradients(GradientReduce):
                 self._pending.append(self._reduction.start_blocks(len(self._pending), blocks))
             self._fetch_for_last()
 
-    def _fetch_for_last(self) -> None:
-        """Nothing runs beside what the last EST's gradients are added to: let it come while its backward goes on."""
+    def _fetch_for_last(self, _: int = 0) -> None:
+        """Bring back, while the last EST's backward gives memory back, what its gradients are added to.
+
+        There is no other EST's turn to run beside.
+        """
         if self._aside is not None and len(self._pending) < len(self._buckets):
             bucket = self._buckets[len(self._pending)]
-            bucket.fold.fetch(self._aside.spare(bucket.device))
+            if bucket.fold.due == self._ests[-1]:
+                bucket.fold.fetch(self._aside.spare(bucket.device))
 
     def _complete(self) -> None:
         if self._aside is not None:
@@ -171,6 +184,11 @@ class _Bucket(BucketForm):
         self._scales_flat = self.device.type != "cpu" or self.numel < _SHORT * len(members)
         self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
+
+    def halfway(self) -> tuple[int, ...]:
+        """Members with whose gradients a half and three quarters of all are there."""
+        count = len(self.members)
+        return (self.members[count // 2], self.members[3 * count // 4]) if count >= 4 else ()
 
     def take(self, rank: int, slot: int, grad: Tensor | None, factor: float) -> None:
         """Take one gradient of EST `rank`; fold them, scaled, when all are there."""

@@ -97,6 +97,7 @@ def test_sums_come_ahead_as_far_as_there_is_room() -> None:
     assert [int(sums[0]) for sums in fold._ahead] == [6, 4 + 5]
     moved = list(fold._ahead)
     fold.fetch(1000)
+    assert [int(sums[0]) for sums in fold._ahead] == [6, 4 + 5, 0 + 1 + 2 + 3]
     assert all(map(operator.is_, fold._ahead, moved))
     fold.push(7, torch.full((20,), 7.0))
     assert torch.equal(fold.partials()[0].total, torch.full((20,), 28.0))
@@ -132,6 +133,33 @@ def test_they_come_ahead_for_the_last_est_once_memory_is_given_back(monkeypatch:
             expected = tree_fold([grads[rank][index] / n for rank in range(n)])
             assert torch.equal(parameters[0][index].grad, expected)
             parameters[0][index].grad = None
+
+
+def test_they_come_ahead_while_the_last_backward_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, ahead = 4, []
+    monkeypatch.setattr(tree_gradients, "Aside", _Serving)
+    monkeypatch.setattr(_Serving, "spare", staticmethod(lambda device: 100))  # one sum of 80 bytes at a time
+    reduce = tree_gradients.TreeGradients(Placement((n,)), 0, None, offload="host")
+    parameters = [[torch.nn.Parameter(torch.ones(5)) for _ in range(4)] for _ in range(n)]
+    for rank in range(n):
+        reduce.register(rank, parameters[rank])
+    (members,) = reduce.groups
+    for _ in range(2):
+        factors = torch.randn(n, 4, 5)
+        for rank in range(n):
+            for index in members:
+                (parameters[rank][index] * factors[rank, index]).sum().backward()
+                ahead.append(len(reduce._buckets[0].fold._ahead))
+            for index in members:
+                reduce.deposit(rank, index)
+        # After the third and the fourth of the last one's, as many as there are.
+        assert ahead == [0] * 4 * (n - 1) + [0, 0, 1, 2]
+        ahead.clear()
+        for rank in range(n):
+            reduce.finish(rank)
+        for index, parameter in enumerate(parameters[0]):
+            assert torch.equal(parameter.grad, tree_fold(list(factors[:, index] / n)))
+            parameter.grad = None
 
 
 def test_memory_on_the_host_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
