@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torchmetrics.text import SQuAD
 
 from ._common import Loaders
@@ -47,7 +48,9 @@ def build(workload: Mapping[str, Any], directory: Path) -> tuple[Reader, Loaders
         train = Questions(read_squad(files[0]), tokenizer, length=length, answerable=True)
         validation = Questions(read_squad(files[1]), tokenizer, length=length, answerable=False)
     model = build_net(workload["model"], vocab_size=pieces, **net)
-    return Reader(model, lr=workload["lr"]), Loaders(train, validation, batch_size=batch_size, validation_batch_size=32)
+    return Reader(model, lr=workload["lr"]), Loaders(
+        train, validation, batch_size=batch_size, validation_batch_size=32, collate=collate
+    )
 
 
 def build_net(model: str, *, attention: str = "sdpa", **net: Any) -> nn.Module:
@@ -73,6 +76,17 @@ def build_net(model: str, *, attention: str = "sdpa", **net: Any) -> nn.Module:
         config, attn_implementation=attention
     )
     return made
+
+
+def collate(samples: Sequence[Batch]) -> list[Tensor]:
+    """A batch; where no sample is padded its mask has no columns.
+
+    Whether a mask masks anything, transformers asks the mask itself, and a GPU would have to answer for each batch.
+    """
+    batch: list[Tensor] = default_collate(samples)
+    if batch[1].all():
+        batch[1] = batch[1][:, :0]
+    return batch
 
 
 class Reader(pl.LightningModule):
@@ -131,7 +145,7 @@ class Reader(pl.LightningModule):
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         ids, mask, types = batch[:3]
-        out = self.net(input_ids=ids, attention_mask=mask, token_type_ids=types)
+        out = self.net(input_ids=ids, attention_mask=mask if mask.shape[1] else None, token_type_ids=types)
         return out.start_logits, out.end_logits
 
     def _loss(self, start: Tensor, end: Tensor, batch: Batch) -> Tensor:

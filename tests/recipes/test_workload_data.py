@@ -302,6 +302,27 @@ def test_squad_json_gives_the_pieces_of_its_answers(tmp_path):
         read_squad(tmp_path / "bad.json")
 
 
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs the extra `workloads`")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model", ["bert", "electra"])
+def test_a_mask_that_masks_nothing_is_left_out_and_changes_nothing(model, attention):
+    from recipes.workloads.passages import RandomQuestions
+    from recipes.workloads.question_answering import Reader, build_net, collate
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    reader = Reader(build_net(model, attention=attention, vocab_size=100, **small), lr=0.1).eval()
+    data = RandomQuestions(100, length=12, samples=3)
+    samples = [data[i] for i in range(3)]
+    whole = collate(samples)
+    assert whole[1].shape == (3, 0)
+    given = [*whole[:1], torch.ones(3, 12, dtype=torch.long), *whole[2:]]
+    assert all(map(torch.equal, reader._logits(whole), reader._logits(given)))
+    samples[1][1][5:] = 0
+    padded = collate(samples)
+    assert padded[1].shape == (3, 12)
+    assert not torch.equal(reader._logits(padded)[0][1], reader._logits(whole)[0][1])
+
+
 def test_python_help_becomes_questions_with_one_answer(tmp_path):
     from recipes.workloads.passages import read_squad, write_topics
 
