@@ -98,8 +98,14 @@ class Aside:
             yield
 
     @contextmanager
-    def before(self, event: torch.cuda.Event | None) -> Iterator[torch.cuda.Event | None]:
+    def before(
+        self, event: torch.cuda.Event | None, done: torch.cuda.Event | None
+    ) -> Iterator[torch.cuda.Event | None]:
         """What is enqueued in the block comes after an event, and not after what the current stream has been given.
+
+        Args:
+            event: None: at once.
+            done: an event to be used again.
 
         Returns:
             An event that comes after the block; None where nothing has gone beside so far, and the block does not.
@@ -109,7 +115,7 @@ class Aside:
             return
         if event is not None:
             self._stream.wait_event(event)
-        done = torch.cuda.Event()
+        done = done or torch.cuda.Event()
         with self._instead_of(torch.cuda.current_stream(self._stream.device), self._stream):
             yield done
             done.record(self._stream)

@@ -75,10 +75,10 @@ class WaitingInputs:
         tensors = [tensor for ref in self._held if (tensor := ref()) is not None]
         with turns.aside.after(*tensors):
             copies = [turns.room.take_in(tensor) for tensor in tensors]
-        for tensor, copy in zip(tensors, copies, strict=True):
-            storage = tensor.untyped_storage()
-            self._gone.append((tensor, storage.nbytes(), copy))
-            storage.resize_(0)
+        sizes = [tensor.untyped_storage().nbytes() for tensor in tensors]
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
+        self._gone = list(zip(tensors, sizes, copies, strict=True))
         try:
             yield
         finally:
@@ -90,7 +90,7 @@ class WaitingInputs:
         if self._coming or not self._gone:
             return
         turns = self._turns
-        with turns.aside.before(turns.read) as self._here:
+        with turns.aside.before(turns.read, self._here) as self._here:
             for tensor, _, copy in self._gone:
                 self._coming.append(torch.empty_like(copy, device=tensor.device).copy_(copy, non_blocking=True))
                 turns.room.give_back(copy)
@@ -105,9 +105,9 @@ class WaitingInputs:
             # `data` has a version of its own: what a graph has saved was not written to.
             tensor.data.copy_(contents)
         if self._here is not None:
-            self._turns.read = torch.cuda.Event()
+            self._turns.read = self._turns.read or torch.cuda.Event()
             self._turns.read.record()
-        self._gone, self._coming, self._here = [], [], None
+        self._gone, self._coming = [], []
 
 
 def _leaves(batch: Any) -> list[Any]:

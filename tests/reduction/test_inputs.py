@@ -104,6 +104,16 @@ def test_what_others_may_read_or_is_not_worth_it_stays() -> None:
         assert size(one)
 
 
+def test_two_of_one_storage_come_back() -> None:
+    given, inputs = torch.randn(2, LARGE), alone()
+    moved = given.clone()
+    both = [moved, moved[0]]
+    inputs.hold([given, given[0]], both)
+    with inputs.away():
+        assert not size(moved)
+    assert torch.equal(moved, given)
+
+
 def test_batches_are_not_kept_alive_and_the_last_one_counts() -> None:
     inputs, given = alone(), torch.randn(LARGE)
     earlier, later = given.clone(), given.clone()
