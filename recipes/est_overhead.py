@@ -6,7 +6,8 @@ of its own:
 - ``easyscale``: k ESTs in each of P processes (switching on);
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), for P = 1;
 - ``ddp``: stock DDP on P devices, one mini-batch a step;
-- ``host`` (default: on a GPU): the ESTs again in the `tree` order with ``gradient_offload="host"``;
+- ``host`` (default: on a GPU): the ESTs again with ``gradient_offload="host"``, in the `tree` order unless ``reduction``
+  names one; the `ddp` order keeps all gradients, where `tree` keeps sums;
 - ``overlap`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True``.
 
 Fig. 11 is the first over the second, and the last over it stands beside. Fig. 13 divides an executor's step into the
@@ -194,7 +195,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             warmup=conf.warmup,
             accelerator="gpu" if gpu else "cpu",
             threads=conf.threads or determinism.default_threads(conf.executors * (conf.ests if kind in _ESTS else 1)),
-            reduction="tree" if kind == "host" else conf.reduction,
+            reduction="tree" if kind == "host" and conf.reduction == "auto" else conf.reduction,
             directory=str(directory / "sides" / f"{name}_{kind}"),
             workload=workload,
             precision=conf.precision,

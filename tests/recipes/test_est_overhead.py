@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("hydra")
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from recipes import est_overhead
 from recipes._config import ConfigError
 from recipes.est_overhead import PUBLISHED_MS, PUBLISHED_PARTS_MS, EstOverheadConf, draw, measure
 
@@ -42,6 +44,28 @@ def test_published_ratios_are_those_of_the_paper():
         [on for _, on in PUBLISHED_MS.values()], rel=1e-3
     )
     assert OmegaConf.structured(EstOverheadConf).workloads == list(PUBLISHED_MS)
+
+
+@pytest.mark.parametrize(
+    ("options", "orders"),
+    [({}, ["auto", "tree"]), ({"reduction": "ddp"}, ["ddp", "ddp"])],
+    ids=["by default", "in the ddp order"],
+)
+def test_each_side_has_the_threads_that_it_has_by_itself(options, orders, monkeypatch, tmp_path):
+    def started(sides, warm, **_):
+        assert {kind: side.threads for kind, side in sides.items()} == {
+            **dict.fromkeys(["easyscale", "host", "overlap"], 2),
+            **dict.fromkeys(["accumulate", "ddp"], 16),
+        }
+        assert [sides[kind].reduction for kind in ("easyscale", "host")] == orders
+        assert sides["host"].offload == "host"
+        raise InterruptedError
+
+    monkeypatch.setattr(est_overhead, "interleave", started)
+    monkeypatch.setattr(est_overhead.determinism, "default_threads", lambda workers: 16 // workers)
+    conf = EstOverheadConf(workloads=["neumf"], ests=8, host=True, overlap=True, accelerator="cpu", **options)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(InterruptedError):
+        est_overhead._row(conf, "neumf", False, tmp_path, None)
 
 
 @pytest.mark.matrix
