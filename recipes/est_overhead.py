@@ -6,8 +6,8 @@ of its own:
 - ``easyscale``: k ESTs in each of P processes (switching on);
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), for P = 1;
 - ``ddp``: stock DDP on P devices, one mini-batch a step;
-- ``host`` (default: on a GPU): the ESTs again with ``gradient_offload="host"``, in the `tree` order unless ``reduction``
-  names one; the `ddp` order keeps all gradients, where `tree` keeps sums;
+- ``host`` (default: on a GPU): the ESTs again with ``gradient_offload="host"``, in the `tree` order unless
+  ``reduction`` names one; the `ddp` order keeps all gradients, where `tree` keeps sums;
 - ``overlap`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True``.
 
 Fig. 11 is the first over the second, and the last over it stands beside. Fig. 13 divides an executor's step into the
