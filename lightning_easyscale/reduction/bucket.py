@@ -169,21 +169,24 @@ class LocalGradients:
 
     Args:
         form: of the bucket.
-        pieces: per EST, in rank order, each member's gradient in memory order, flat. All of an EST's may wait in host
-            memory.
+        pieces: per EST, in rank order, each member's gradient in memory order, flat; or one tensor of all of them,
+            which waits in host memory.
         scale: what a gradient is multiplied by before it is added; None if that was done.
 
     Attributes:
-        results: where the reduced gradients are to go: the first EST's pieces, if they are on the device.
+        apart: whether the first EST's wait in host memory.
+        results: where the reduced gradients are to go: the first EST's pieces, or, if those are apart, new ones.
     """
 
-    def __init__(self, form: BucketForm, pieces: Sequence[list[Tensor]], scale: float | None) -> None:
+    def __init__(self, form: BucketForm, pieces: Sequence[list[Tensor] | Tensor], scale: float | None) -> None:
         self.form = form
         self.pieces = pieces
         self._scale = scale
-        self.results = list(pieces[0])
-        if self.results[0].device != form.device:
-            self.results = [torch.empty_like(piece, device=form.device) for piece in self.results]
+        first = pieces[0]
+        self.apart = isinstance(first, Tensor)
+        if isinstance(first, Tensor):
+            first = torch.empty(form.numel, dtype=form.dtype, device=form.device).split(form.sizes())
+        self.results = list(first)
 
     @property
     def whole(self) -> slice:
@@ -193,7 +196,7 @@ class LocalGradients:
     def gathered(self) -> FlatGradients | None:
         """Copies that are cheaper to read part by part; None if there are none, or they take too much memory."""
         form, k = self.form, len(self.pieces)
-        launched = form.device.type != "cpu" and len(form.members) > 1 and k > 1
+        launched = form.device.type != "cpu" and (len(form.members) > 1 or self.apart) and k > 1
         return self.flat() if launched and k * form.numel * form.dtype.itemsize <= _FLAT_BYTES else None
 
     def flat(self) -> FlatGradients:
@@ -257,21 +260,23 @@ class LocalGradients:
 
     def _read(self, est: int, block: Stretch, out: Tensor) -> None:
         """An EST's gradients in this block, scaled."""
-        parts = block.parts(self.pieces[est])
+        own = self.pieces[est]
+        if isinstance(own, Tensor):
+            self._gather(own[block.span], out)
+            return
+        parts = block.parts(own)
         if len(parts) > 1:
             self._gather(parts, out)
-        elif self._scale is None or parts[0].device != out.device:
-            out.copy_(parts[0], non_blocking=True)
-            if self._scale is not None:
-                out.mul_(self._scale)
+        elif self._scale is None:
+            out.copy_(parts[0])
         else:
             torch.mul(parts[0], self._scale, out=out)
 
-    def _gather(self, parts: list[Tensor], out: Tensor) -> None:
-        # All of an EST's wait in host memory, or none.
-        if parts[0].device != out.device:
-            parts = [part.to(out.device, non_blocking=True) for part in parts]
-        torch.cat(parts, out=out)
+    def _gather(self, own: list[Tensor] | Tensor, out: Tensor) -> None:
+        if isinstance(own, Tensor):
+            out.copy_(own, non_blocking=True)
+        else:
+            torch.cat(own, out=out)
         if self._scale is not None:
             out.mul_(self._scale)
 

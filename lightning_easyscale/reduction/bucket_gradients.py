@@ -6,6 +6,9 @@ for. Gradients stay where autograd put them. When the last EST has come to a buc
 reduction starts, beside the rest of that EST's backward; its sums replace the first EST's gradients, in place, as stock
 DDP overwrites a rank's.
 
+Gradients may wait in host memory, a bucket in one piece, and come back beside that backward where it has given back the
+memory for it.
+
 With private gradients the other ESTs get copies. Without, they are left without gradients.
 """
 
@@ -25,7 +28,7 @@ from ..runtime.bulk import drop, gradients, has_none
 from .bucket import BucketForm, LocalGradients
 from .exchange import Finish, Reduction
 from .gradients import GradientReduce, Rendezvous
-from .host import Aside, Offload, to_host
+from .host import Aside, HostRoom, Offload
 from .layout import BucketLayout, initial_layout, rebuilt_layout
 
 
@@ -62,6 +65,7 @@ class BucketGradients(GradientReduce):
         self.layout = saved_layout
         self._reduction = reduction
         self._aside = Aside() if offload is not None else None
+        self._room = HostRoom()
         self._bucket_cap_mb = bucket_cap_mb
         self._searches = find_unused_parameters and not static_graph
         self._static_graph = static_graph
@@ -74,7 +78,7 @@ class BucketGradients(GradientReduce):
         self._missing: list[int] = []
         self._started: list[tuple[LocalGradients, Finish]] = []
         self._unsure: dict[int, set[int]] = defaultdict(set)
-        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._waiting: dict[int, dict[int, Tensor]] = defaultdict(dict)  # by EST and group
         self._read: set[int] = set()
         self._given: dict[tuple[int, int], list[Tensor]] = {}  # gradients that came as a group
         self._in_place: set[int] = set()  # groups that came as such from every EST, reduced where they are
@@ -144,17 +148,28 @@ class BucketGradients(GradientReduce):
     @torch.no_grad()
     def _start(self, number: int) -> None:
         form = self._forms[number]
-        if self._aside is not None:
-            self._aside.join()
         pieces = [self._pieces(number, rank) for rank in self._ests]
         given = [self._given.pop((rank, number), None) for rank in self._ests]
         if not has_none(given):
             self._in_place.add(number)
         local = LocalGradients(form, pieces, None if self._as_view else 1.0 / self.n)
-        self._started.append((local, self._reduction.start(number, local)))
+        last = pieces[-1]
+        if self._aside is None or isinstance(last, Tensor):
+            self._started.append((local, self._reduction.start(number, local)))
+            return
+        # What waits has gone there by then, and nobody has the results yet.
+        room = len(pieces) * form.numel * form.dtype.itemsize
+        early = self._reduction.alone and local.apart and room <= self._aside.spare(form.device)
+        with self._aside.after(last[0]):
+            finish = self._reduction.start(number, local)
+            if early:
+                finish()
+        self._started.append((local, _nothing if early else finish))
 
-    def _pieces(self, number: int, rank: int) -> list[Tensor]:
+    def _pieces(self, number: int, rank: int) -> list[Tensor] | Tensor:
         form = self._forms[number]
+        if number in self._waiting[rank]:
+            return self._waiting[rank][number]
         grads = self._given.get((rank, number))
         if grads is not None:
             pieces = form.all_flattened(grads)
@@ -174,8 +189,6 @@ class BucketGradients(GradientReduce):
     def _piece(self, form: BucketForm, rank: int, slot: int) -> Tensor:
         index = form.members[slot]
         parameter = self._parameters[rank][index]
-        if (waiting := self._waiting.get(rank, {}).pop(index, None)) is not None:
-            return waiting
         grad = parameter.grad
         if grad is None:
             return torch.zeros(parameter.numel(), dtype=form.dtype, device=form.device)
@@ -190,24 +203,28 @@ class BucketGradients(GradientReduce):
 
     def finish(self, rank: int, used: Sequence[bool] | None = None) -> None:
         """See `GradientReduce.finish`."""
-        if self._aside is not None and rank != self._ests[-1]:
+        if self._aside is not None and rank != self._ests[-1] and self._aside.serves(self._parameters[rank][0]):
             self._let_wait(rank, self._aside)
         super().finish(rank, used)
 
     @torch.no_grad()
     def _let_wait(self, rank: int, aside: Aside) -> None:
         """Move an EST's gradients to the host, where the first EST's results will not be: it gets new ones."""
-        waiting = self._waiting[rank] = {}
-        self._given = {key: grads for key, grads in self._given.items() if key[0] != rank}
-        for form in self._forms[len(self._started) :]:
-            pieces = [self._piece(form, rank, slot) for slot in range(len(form.members))]
+        for number in range(len(self._started), len(self._forms)):
+            form, given = self._forms[number], self._given.pop((rank, number), None)
+            if given is not None:
+                pieces = form.all_flattened(given)
+            else:
+                pieces = [self._piece(form, rank, slot) for slot in range(len(form.members))]
             with aside.after(*pieces):
-                waiting |= zip(form.members, map(to_host, pieces), strict=True)
+                self._waiting[rank][number] = self._room.take_in(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
             for index in form.members:
                 if index not in self._unsure[rank]:
                     self._parameters[rank][index].grad = None
 
     def _complete(self) -> None:
+        if self._aside is not None:
+            self._aside.join()
         started, self._started = self._started, []
         lead, *others = self._ests
         for number, (local, finish) in enumerate(started):
@@ -232,6 +249,8 @@ class BucketGradients(GradientReduce):
                         self._parameters[rank][index].grad = None
         self._in_place.clear()
         self._unsure.clear()
+        for flat in (flat for flats in self._waiting.values() for flat in flats.values()):
+            self._room.give_back(flat)
         self._waiting.clear()
         self._read.clear()
         if self._as_view:
@@ -266,6 +285,10 @@ class BucketGradients(GradientReduce):
         else:
             self._expect()
         self._steps_to_rebuild = max(self._steps_to_rebuild - 1, 0)
+
+
+def _nothing() -> None:
+    """All is done."""
 
 
 def _assign(parameter: Parameter, reduced: Tensor, *, copy: bool = False) -> None:

@@ -38,6 +38,8 @@ class Reduction(Protocol):
 
     n: int
     ests: range
+    alone: bool
+    """Whether there is no other executor: then all is done where a reduction is ended."""
 
     def start(self, index: int, local: LocalGradients) -> Finish:
         """Begin to reduce bucket `index`.
@@ -85,6 +87,7 @@ class _Exchange:
         self.n = n
         self.group = group
         self._before = before
+        self.alone = size == 1
         self._wire = Wire(group) if group is not None and size > 1 else None
         self._lane = Lane(None if self._wire is None else group)
         self._scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}

@@ -22,11 +22,6 @@ def copied_to_host(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
 
 
-def to_host(flat: Tensor) -> Tensor:
-    """Copy of a device tensor in host memory; a CPU tensor as it is."""
-    return flat if flat.device.type == "cpu" else copied_to_host(flat)
-
-
 class HostRoom:
     """Host memory, pinned for a CUDA device, used again from step to step for tensors of the same form.
 

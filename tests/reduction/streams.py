@@ -103,11 +103,14 @@ class Streams(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = func(*args, **(kwargs or {}))
-        written = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
+        values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        written = tree_leaves(
+            [
+                values[argument.name]
+                for argument in func._schema.arguments
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+        )
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         known = {_key(tensor) for tensor in given}
         views = any(result.alias_info is not None for result in func._schema.returns) and not written

@@ -81,7 +81,8 @@ def local_gradients(parts: list[Tensor], device: str = "cpu") -> LocalGradients:
     size = parts[-1].numel()
     lengths = [n for n in (size // 7, size // 3, size - size // 7 - size // 3) if n]
     form = BucketForm(range(len(lengths)), [torch.empty(n, dtype=parts[-1].dtype, device=device) for n in lengths])
-    return LocalGradients(form, [part.split(lengths) for part in parts], None)
+    pieces = [part.split(lengths) if part.device.type == device else part for part in parts]
+    return LocalGradients(form, pieces, None)
 
 
 class ForcedRing(RingReduction):

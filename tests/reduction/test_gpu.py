@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction import tree
 from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
-from lightning_easyscale.reduction.host import Aside, to_host
+from lightning_easyscale.reduction.host import Aside, copied_to_host
 from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 from lightning_easyscale.reduction.tree import TreeFold, combine
 from lightning_easyscale.reduction.tree_gradients import TreeGradients
@@ -39,7 +39,7 @@ def test_folds_have_the_bits_of_the_cpu(size: int, dtype: torch.dtype) -> None:
 
 def test_gradients_may_wait_in_host_memory() -> None:
     parts = inputs(5, 300_001, torch.float32)
-    waiting = [to_host(part.cuda()) for part in parts[:-1]]
+    waiting = [copied_to_host(part.cuda()) for part in parts[:-1]]
     assert all(part.is_pinned() for part in waiting)
     result = reduced_by(RingReduction(Placement((5,)), 0, None, 5), 0, [*waiting, parts[-1].cuda()], "cuda")()
     assert result.is_cuda
@@ -114,7 +114,7 @@ def on_one_gpu(group: dist.ProcessGroup, rank: int, placement: tuple[int, ...], 
         for index, size in enumerate((1, 1000, 300_001)):
             local = [part.cuda() for part in inputs(where.num_ests, size, torch.float32)[mine.start : mine.stop]]
             if offload:
-                local[:-1] = [to_host(part) for part in local[:-1]]
+                local[:-1] = [copied_to_host(part) for part in local[:-1]]
             pending.append((size, reduced_by(reduction, index, local, "cuda")))
             # What the reduction still reads, though nobody holds it, must not be handed out again.
             count = len(local)

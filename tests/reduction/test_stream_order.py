@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction import inputs, tree
+from lightning_easyscale.reduction.bucket import LocalGradients
+from lightning_easyscale.reduction.bucket_gradients import BucketGradients
+from lightning_easyscale.reduction.exchange import RingReduction
 from lightning_easyscale.reduction.host import Aside
 from lightning_easyscale.reduction.inputs import InputTurns
-from lightning_easyscale.reduction.orders import tree_fold
+from lightning_easyscale.reduction.orders import ring_fold, tree_fold
 from lightning_easyscale.reduction.tree import TreeFold
 
 from .streams import RaceError, Stream, Streams
@@ -110,6 +114,47 @@ def test_inputs_and_sums_that_wait_on_the_host_are_in_order(streams: Streams, es
     train(streams, ests, steps=4)
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["by spans", "flat"])
+@pytest.mark.parametrize("spare", [0, 1 << 30], ids=["late", "early"])
+@pytest.mark.parametrize("ests", [2, 3, 4])
+def test_gradients_that_wait_on_the_host_are_in_order(
+    streams: Streams, ests: int, spare: int, flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Aside, "spare", staticmethod(lambda device: spare))
+    if flat:
+        monkeypatch.setattr(LocalGradients, "gathered", LocalGradients.flat)
+    reduce_gradients(streams, ests, steps=4)
+
+
+def reduce_gradients(streams: Streams, ests: int, steps: int) -> None:
+    """Steps in the `ddp` order whose gradients wait on the host; after the first, in two buckets."""
+    reduce = BucketGradients(RingReduction(Placement((ests,)), 0, None, ests), offload="host", bucket_cap_mb=5e-4)
+    shapes = [(10, 20), (7,), (100,), (3, 50)]
+    parameters = [[torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(ests)]
+    for rank in range(ests):
+        reduce.register(rank, parameters[rank])
+    for step in range(steps):
+        data = [[torch.randn(shape) for shape in shapes] for _ in range(ests)]
+        forms = reduce._forms
+        assert len(forms) == (2 if step else 1)
+        with streams:
+            for rank in range(ests):
+                for index in (3, 2, 1, 0):
+                    activation = torch.ones(shapes[index])
+                    parameters[rank][index].grad = activation * data[rank][index]
+                    del activation
+                    reduce.deposit(rank, index)
+                reduce.finish(rank)
+            # As an optimizer does.
+            found = [parameter.grad.clone() for parameter in parameters[0] if parameter.grad is not None]
+            for parameter in parameters[0]:
+                parameter.grad = None
+        assert all(parameter.grad is None for row in parameters[1:] for parameter in row[1:])
+        for form in forms:
+            rows = [torch.cat([own[i].flatten() for i in form.members]) * (1.0 / ests) for own in data]
+            assert torch.equal(torch.cat([found[i].flatten() for i in form.members]), ring_fold(rows))
+
+
 def unread(self: Aside, event: Any, done: Any) -> Any:
     return before(self, None, done)
 
@@ -118,18 +163,25 @@ before = Aside.before
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "value"),
+    ("run", "where", "name", "value"),
     [
-        (Aside, "before", unread),
-        (Aside, "join", lambda self: None),
-        (Streams, "_record", lambda self, tensor, stream: None),
-        (Stream, "wait_event", lambda self, event: None),
+        (train, Aside, "before", unread),
+        (train, Aside, "join", lambda self: None),
+        (train, Streams, "_record", lambda self, tensor, stream: None),
+        (train, Stream, "wait_event", lambda self, event: None),
+        (reduce_gradients, Aside, "join", lambda self: None),
+        (reduce_gradients, Streams, "_record", lambda self, tensor, stream: None),
+        (reduce_gradients, Stream, "wait_event", lambda self, event: None),
     ],
-    ids=["memory beside is not waited for", "no join", "memory is not recorded", "no event"],
+    ids=[
+        *("memory beside is not waited for", "no join", "memory is not recorded", "no event"),
+        *("gradients: no join", "gradients: memory is not recorded", "gradients: no event"),
+    ],
 )
 def test_what_keeps_the_order_is_missed_when_it_is_left_out(
-    where: Any, name: str, value: Any, streams: Streams, monkeypatch: pytest.MonkeyPatch
+    run: Any, where: Any, name: str, value: Any, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Aside, "spare", staticmethod(lambda device: 1 << 30))
     monkeypatch.setattr(where, name, value)
     with pytest.raises(RaceError):
-        train(streams, 4, steps=3)
+        run(streams, 4, steps=3)
