@@ -193,11 +193,20 @@ class LocalGradients:
         """The span of the whole bucket."""
         return slice(0, self.form.numel)
 
+    @property
+    def room(self) -> int:
+        """Bytes of the device that folding them takes at most: copies of all, or a sum and one EST's."""
+        return self._bytes if self._bytes <= _FLAT_BYTES else 2 * self._bytes // len(self.pieces)
+
+    @property
+    def _bytes(self) -> int:
+        return len(self.pieces) * self.form.numel * self.form.dtype.itemsize
+
     def gathered(self) -> FlatGradients | None:
         """Copies that are cheaper to read part by part; None if there are none, or they take too much memory."""
-        form, k = self.form, len(self.pieces)
-        launched = form.device.type != "cpu" and (len(form.members) > 1 or self.apart) and k > 1
-        return self.flat() if launched and k * form.numel * form.dtype.itemsize <= _FLAT_BYTES else None
+        form = self.form
+        launched = form.device.type != "cpu" and (len(form.members) > 1 or self.apart) and len(self.pieces) > 1
+        return self.flat() if launched and self._bytes <= _FLAT_BYTES else None
 
     def flat(self) -> FlatGradients:
         """Scaled copies."""

@@ -158,8 +158,7 @@ class BucketGradients(GradientReduce):
             self._started.append((local, self._reduction.start(number, local)))
             return
         # What waits has gone there by then, and nobody has the results yet.
-        room = len(pieces) * form.numel * form.dtype.itemsize
-        early = self._reduction.alone and local.apart and room <= self._aside.spare(form.device)
+        early = self._reduction.alone and local.apart and local.room <= self._aside.spare(form.device)
         with self._aside.after(last[0]):
             finish = self._reduction.start(number, local)
             if early:
