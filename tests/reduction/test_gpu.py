@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import Barrier
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction import inputs as waiting_inputs
 from lightning_easyscale.reduction import tree
 from lightning_easyscale.reduction.exchange import RingReduction, TreeReduction
 from lightning_easyscale.reduction.host import Aside, copied_to_host
@@ -20,6 +22,7 @@ from lightning_easyscale.runtime.collectives import all_reduce
 
 from .pool import Pool
 from .tasks import ForcedRing, inputs, reduced_by
+from .waiting import reduce_gradients, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +76,19 @@ def test_partial_sums_may_wait_in_host_memory_beside_training(
             torch.full((300_001 + step,), torch.nan, device="cuda")
         aside.join()
         assert torch.equal(result.cpu(), tree_fold(parts))
+
+
+@pytest.mark.parametrize("spare", [0, 1 << 30], ids=["late", "early"])
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_whole_gradients_may_wait_in_host_memory(n: int, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Aside, "spare", staticmethod(lambda device: spare))
+    reduce_gradients(nullcontext(), n, steps=5, device="cuda")
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_inputs_and_partial_sums_may_wait_in_host_memory(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_inputs, "WORTH", 1)
+    train(nullcontext(), n, steps=10, device="cuda")
 
 
 def test_one_executor_folds_a_small_model_at_once() -> None:
