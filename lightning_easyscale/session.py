@@ -100,11 +100,10 @@ class Session:
         # Only gradients are reduced in the tree order; a reference run reduces everything else over gloo's ring.
         channel = Channel("easyscale", range(placement.num_ests), self.executor, placement, peers, ring_fold)
         self.channel = channel
-        backend = strategy.virtual_backend
         self.groups: dict[int, VirtualProcessGroup] = {}
         for rank, world in self.worlds.items():
             group = self.groups[rank] = VirtualProcessGroup(rank, channel, world)
-            world.add(group, channel.name, channel.ranks, backend)
+            world.add(group, channel.name, channel.ranks, strategy.virtual_backend)
             world.default_pg = group
         self.lead_optimizers: list[Optimizer] = []
         self.shared = SharedStorages()

@@ -54,23 +54,19 @@ class EasyScaleStrategy(CheckpointStrategy):
         max_ests: ESTs that fit into a device's memory by type, for the planner (`lightning_easyscale.doctor` tells).
         gradient_offload: ``"host"`` keeps what waits in pinned host memory: partial sums under the ``tree`` order,
             else gradients; and inputs, as the next does.
-        input_offload: ``"host"`` keeps the inputs of ESTs that wait there, if they have an MiB or more and the user's
-            own hooks do not bring them to the device.
+        input_offload: ``"host"`` keeps inputs of an MiB and more there, unless the user's hooks move them to a device.
         overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
             Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
         process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         find_unused_parameters: as in `torch.nn.parallel.DistributedDataParallel`, and so the next four.
-        bucket_cap_mb: see there.
-        gradient_as_bucket_view: see there.
-        static_graph: see there.
-        broadcast_buffers: see there.
+        bucket_cap_mb, gradient_as_bucket_view, static_graph, broadcast_buffers: see there.
         allow: fields of the fingerprint (``"torch"``, ``"cuda"``, ...) in which a checkpoint may differ on resume.
         allow_operations: under D2's `portable` policy, operations (``aten::cumsum``) that keep torch's kernels.
         elastic_dir: folder of an elastic run; default: the variable ``EASYSCALE_ELASTIC_DIR``. A stop signal saves into
             its ``checkpoints/``; `fit` starts from the newest good checkpoint there, whatever `ckpt_path` says.
-        snapshot_every_n_steps: optimizer steps between snapshots there, or ``"auto"``: as often as the budget allows.
+        snapshot_every_n_steps: optimizer steps between snapshots there; ``"auto"``: as few as `snapshot_budget` allows.
         snapshot_replicas: where hosts have folders of their own, how many other hosts get each checkpoint.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_easyscale.placement import Placement
 from lightning_easyscale.reduction.bucket import BucketForm, FlatGradients, LocalGradients
-from lightning_easyscale.reduction.exchange import NativeReduction, RingReduction, TreeReduction
+from lightning_easyscale.reduction.exchange import Finish, NativeReduction, RingReduction, TreeReduction
 from lightning_easyscale.reduction.orders import ring_fold, ring_sum, tree_fold
 from lightning_easyscale.reduction.wire import Wire
 
@@ -100,6 +100,15 @@ class FlatRing(ForcedRing):
         return super()._ring(wire, local.flat(), out)
 
 
+class ApartRing(ForcedRing):
+    """All ESTs' gradients but the last one's in one tensor each, as they come from host memory."""
+
+    def start(self, index: int, local: LocalGradients) -> Finish:
+        *waiting, last = local.pieces
+        local.pieces = [*(torch.cat(list(own)) for own in waiting), last]
+        return super().start(index, local)
+
+
 def reduced_by(
     reduction: RingReduction | TreeReduction | NativeReduction, index: int, parts: list[Tensor], device: str = "cpu"
 ) -> Callable[[], Tensor]:
@@ -124,7 +133,7 @@ def exchange_differs(
     n, wrong = where.num_ests, []
     mine = where.ranges[rank]
     alone = group if group.size() > 1 else None
-    rings = (RingReduction, ForcedRing, FlatRing)
+    rings = (RingReduction, ForcedRing, FlatRing, ApartRing)
     for kind, fold in (*((ring, ring_fold) for ring in rings), (TreeReduction, tree_fold)):
         reduction = kind(where, rank, alone, n)
         cases = list(itertools.product(sizes, dtypes))
