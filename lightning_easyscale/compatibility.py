@@ -118,7 +118,7 @@ def refuse_in_pytorch_lightning(names: tuple[str, ...]) -> None:
         old.StrategyRegistry.register(name, refuse, description="Needs lightning.pytorch", override=True)
 
 
-def check_arguments(num_ests: Any, reduction: Any, threads: Any, gradients: Any, inputs: Any) -> None:
+def check_arguments(num_ests: Any, reduction: Any, threads: Any, gradients: Any, inputs: Any, overlap: Any) -> None:
     """Refuse arguments of the strategy that cannot be honoured.
 
     Raises:
@@ -133,3 +133,5 @@ def check_arguments(num_ests: Any, reduction: Any, threads: Any, gradients: Any,
     for name, place in (("gradient_offload", gradients), ("input_offload", inputs)):
         if place not in (None, "host"):
             raise ValueError(f"`{name}={place!r}` is unknown. HINT: choose None or 'host'.")
+    if overlap not in (False, True, "tail"):
+        raise ValueError(f"`overlap_backward={overlap!r}` is unknown. HINT: choose False, True or 'tail'.")

@@ -146,9 +146,8 @@ def check_devices(types: Sequence[DeviceType], *, num_ests: int, built_for_cuda:
         found.append(Finding((), what, cure))
     if cuda and num_ests > len(cuda):
         what = f"{num_ests} ESTs share {len(cuda)} GPU(s); where a GPU waits for Python, it waits during every backward"
-        found.append(
-            Finding((), what, "`overlap_backward=True`, if the activations of two mini-batches fit (--overlap).")
-        )
+        cure = '`overlap_backward="tail"`, or `True`, if the activations of two mini-batches fit (--overlap).'
+        found.append(Finding((), what, cure))
     if not cuda and host_cpu().why_not:
         what = f"device types cannot be emulated: {host_cpu().why_not}"
         found.append(Finding((), what, "D2 can be tried on x86-64 Linux only."))
@@ -175,7 +174,7 @@ def bytes_needed(
         optimizer: one of `STATES`.
         reduction: ``ddp`` keeps the gradients of all ESTs until the last has arrived; ``tree`` at most
             ``2 * floor(log2 ests) + 1`` partial sums.
-        overlap: with `overlap_backward`, the activations of two ESTs.
+        overlap: with `overlap_backward=True`, the activations of two ESTs.
         offload: with ``gradient_offload="host"``, the gradients of one EST alone.
         each: bytes that every EST holds beyond all that (`EST_BYTES`, its mini-batch).
     """

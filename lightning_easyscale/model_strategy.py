@@ -31,6 +31,7 @@ from .optimization import (
 )
 from .progress import hide_job, show_job
 from .reduction.collector import ESTDataParallel
+from .runtime.overlap import Overlap
 from .runtime.writes import has_compiled
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class ModelStrategy(DDPStrategy):
         *,
         gradient_offload: Literal["host"] | None,
         input_offload: Literal["host"] | None,
-        overlap_backward: bool,
+        overlap_backward: Overlap,
         process_group_backend: str | None,
         timeout: timedelta,
         start_method: Literal["popen", "spawn", "fork", "forkserver"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
@@ -37,14 +37,24 @@ _MODULE_HOOKS = (
 _CALLBACK_HOOKS = ("on_after_backward", "on_before_optimizer_step")
 
 
-class Turns(Protocol):
-    """How often the lead ran the closure in each step."""
+class Turns:
+    """How often the lead ran the closure in each optimizer step, so that the other ESTs follow.
+
+    The lead runs ahead of the others (`Executor`), so when another EST has run a closure, the lead has already either
+    begun the next one or finished the step.
+    """
+
+    def __init__(self) -> None:
+        self._closures: dict[tuple[int, int], int] = {}
 
     def announce(self, optimizer: int, step: int, closures: int) -> None:
-        """The lead is about to run a closure."""
+        """The lead is about to run its `closures`-th closure of this step."""
+        self._closures[optimizer, step] = closures
+        self._closures.pop((optimizer, step - 2), None)
 
     def closures(self, optimizer: int, step: int) -> int:
-        """How many closures the lead has begun."""
+        """How many closures the lead has begun in this step."""
+        return self._closures[optimizer, step]
 
 
 def reads_before_step(module: LightningModule | None) -> bool:

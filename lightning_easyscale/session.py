@@ -29,6 +29,7 @@ from .data.pool import Member, WorkerPools
 from .elastic.events import report
 from .elastic.replication import Replication
 from .elastic.snapshots import SnapshotWriter
+from .optimization import Turns
 from .placement import Placement
 from .reduction.build import collect_gradients
 from .reduction.collector import ESTDataParallel
@@ -45,7 +46,7 @@ from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
 from .runtime.heap import share_heap
 from .runtime.kinship import Kinship
-from .runtime.overlap import BackwardOverlap
+from .runtime.overlap import BackwardOverlap, Overlap, bytes_in_use
 from .runtime.peers import Peers
 from .runtime.process_group import VirtualProcessGroup
 from .runtime.world import WorldState, install, set_world
@@ -140,7 +141,7 @@ class Session:
         *,
         private_gradients: bool,
         offload: Offload,
-        overlaps: bool,
+        overlaps: Overlap,
         saved_layout: BucketLayout | None,
     ) -> ESTDataParallel:
         """Wrap an EST's module so that its gradients are reduced over all ESTs in the job's order.
@@ -151,7 +152,7 @@ class Session:
             options: DDP's arguments.
             private_gradients: whether user code may see or change an EST's reduced gradients.
             offload: where gradients or their partial sums wait.
-            overlaps: whether other ESTs run during this one's backwards, where that is possible.
+            overlaps: whether, and when, other ESTs run during this one's backwards, where that is possible.
             saved_layout: the bucket layout of the checkpoint that is resumed, if any.
         """
         if rank == self.lead:
@@ -173,8 +174,14 @@ class Session:
         if overlaps and self.strategies[self.lead].policy == "portable":
             self._say_no_overlap(rank, "D2's portable kernels are started from Python")
         elif overlaps and len(self.ests) > 1:
-            before = partial(self.gradients.begin, rank)
-            overlap = BackwardOverlap(self.executor, rank, before=before, tell=partial(self._say_no_overlap, rank))
+            overlap = BackwardOverlap(
+                self.executor,
+                rank,
+                alone=self.gradients.free_workspaces,
+                before=partial(self.gradients.begin, rank),
+                tell=partial(self._say_no_overlap, rank),
+                allocated=partial(bytes_in_use, next(module.parameters()).device) if overlaps == "tail" else None,
+            )
         return ESTDataParallel(
             module,
             rank=rank,
@@ -353,26 +360,6 @@ class Session:
 
         devices = [device] if device.type == "cuda" else []
         return ESTContext(rank, Generators(devices), variables, on_enter=on_enter, alone=len(self.ests) == 1)
-
-
-class Turns:
-    """How often the lead ran the closure in each optimizer step, so that the other ESTs follow.
-
-    The lead runs ahead of the others (`Executor`), so when another EST has run a closure, the lead has already either
-    begun the next one or finished the step.
-    """
-
-    def __init__(self) -> None:
-        self._closures: dict[tuple[int, int], int] = {}
-
-    def announce(self, optimizer: int, step: int, closures: int) -> None:
-        """The lead is about to run its `closures`-th closure of this step."""
-        self._closures[optimizer, step] = closures
-        self._closures.pop((optimizer, step - 2), None)
-
-    def closures(self, optimizer: int, step: int) -> int:
-        """How many closures the lead has begun in this step."""
-        return self._closures[optimizer, step]
 
 
 def _until_stopped(function: Callable[[], Any]) -> Callable[[], Any]:

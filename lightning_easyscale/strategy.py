@@ -55,8 +55,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         gradient_offload: ``"host"`` keeps what waits in pinned host memory: partial sums under the ``tree`` order,
             else gradients; and inputs, as the next does.
         input_offload: ``"host"`` keeps inputs of an MiB and more there, unless the user's hooks move them to a device.
-        overlap_backward: run an EST's backward beside the next one's forward, for the same bits in less time where
-            Python is the limit; activations of two ESTs are in memory. See `runtime.overlap`.
+        overlap_backward: run backwards beside the next EST's forward, for the same bits in less time where Python is
+            the limit; True holds activations of two ESTs, ``"tail"`` of one, with less beside. See `runtime.overlap`.
         process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -90,7 +90,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         max_ests: Mapping[str, int] | None = None,
         gradient_offload: Literal["host"] | None = None,
         input_offload: Literal["host"] | None = None,
-        overlap_backward: bool = False,
+        overlap_backward: bool | Literal["tail"] = False,
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
@@ -124,7 +124,7 @@ class EasyScaleStrategy(CheckpointStrategy):
             start_method=start_method,
             ddp_options=options,
         )
-        check_arguments(num_ests, reduction, threads_per_est, gradient_offload, input_offload)
+        check_arguments(num_ests, reduction, threads_per_est, gradient_offload, input_offload, overlap_backward)
         self.level = det.Level.parse(determinism)
         self._num_ests = num_ests
         self._has_stepped = False

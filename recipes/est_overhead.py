@@ -8,7 +8,7 @@ of its own:
 - ``ddp``: stock DDP on P devices, one mini-batch a step;
 - ``host`` (default: on a GPU): the ESTs again with ``gradient_offload="host"``, in the `tree` order unless
   ``reduction`` names one; the `ddp` order keeps all gradients, where `tree` keeps sums;
-- ``overlap`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True``.
+- ``overlap`` and ``tail`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True`` and ``"tail"``.
 
 Fig. 11 is the first over the second, and the last over it stands beside. Fig. 13 divides an executor's step into the
 times in which each EST had the baton: a middle EST's forward, backward and fold, and the last one's, which also
@@ -84,7 +84,7 @@ class EstOverheadConf:
         ests: k, of each process.
         executors: P, processes with a device each.
         host: whether to run ``gradient_offload="host"`` too; default: on a GPU.
-        overlap: whether to run ``overlap_backward=True`` too, for one executor; default: on a GPU.
+        overlap: whether to run ``overlap_backward`` too, for one executor; default: on a GPU.
         blocks: timed blocks of each side.
         steps: optimizer steps of a block.
         warmup: steps before the first.
@@ -121,7 +121,8 @@ class EstOverheadConf:
 ConfigStore.instance().store(name="est_overhead_schema", node=EstOverheadConf)
 
 
-_ESTS = ("easyscale", "host", "overlap")  # the sides that have them
+_OVERLAPS: dict[str, bool | str] = {"overlap": True, "tail": "tail"}
+_ESTS = ("easyscale", "host", *_OVERLAPS)  # the sides that have them
 _RUN = ("plot_only", "seconds", "timeout_s", "workloads")  # what decides no row
 
 
@@ -180,7 +181,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
     if gpu if conf.host is None else conf.host:
         kinds.append("host")
     if conf.executors == 1 and (gpu if conf.overlap is None else conf.overlap):
-        kinds.append("overlap")
+        kinds += _OVERLAPS
     sides = {
         kind: Side(
             kind="easyscale" if kind in _ESTS else kind,
@@ -200,7 +201,7 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             workload=workload,
             precision=conf.precision,
             offload="host" if kind == "host" else None,
-            overlaps=kind == "overlap",
+            overlaps=_OVERLAPS.get(kind, False),
             slices=kind == "easyscale",
         )
         for kind in kinds
@@ -225,8 +226,8 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             row[f"published_{part}"] = published / PUBLISHED_PARTS_MS[name][0]
     if "host" in times:
         row |= _ratio("host", times["host"], times["easyscale"])
-    if "overlap" in times:
-        row |= _ratio("overlap", times["overlap"], times["accumulate"])
+    for kind in _OVERLAPS.keys() & times.keys():
+        row |= _ratio(kind, times[kind], times["accumulate"])
     for kind, side in entries.items():
         row |= {f"{kind}_{key}_mib": side[-1][key] / 2**20 for key in ("allocated", "reserved") if key in side[-1]}
     return {**row, "blocks": blocks}
@@ -268,6 +269,7 @@ def draw(directory: Path, report: dict[str, Any]) -> None:
         "est_overhead": [
             ("ratio", "published_ratio", "switching on / off"),
             ("overlap", None, "on, backward beside forward / off"),
+            ("tail", None, "on, its tail beside forward / off"),
         ],
         "est_parts": [
             ("middle", "published_middle", "middle EST / DDP worker"),
@@ -275,7 +277,7 @@ def draw(directory: Path, report: dict[str, Any]) -> None:
         ],
     }
     for name, all_panels in bars.items():
-        if panels := [panel for panel in all_panels if panel[0] in report["rows"][0]]:
+        if panels := [panel for panel in all_panels if any(panel[0] in row for row in report["rows"])]:
             _draw_bars(directory / f"{name}.png", report, panels)
 
 
@@ -291,6 +293,8 @@ def _draw_bars(file: Path, report: dict[str, Any], panels: list[tuple[str, str |
     )
     for axes, (ours, published, label) in zip(grid[:, 0], panels, strict=True):
         for number, row in enumerate(rows):
+            if ours not in row:
+                continue
             first, place = number == 0, number if published is None else number - 0.2
             axes.bar(place, row[ours], 0.4, color="#0072B2", label="measured here" if first else None)
             axes.plot([place] * 2, [row[f"{ours}_least"], row[f"{ours}_greatest"]], color="0.2", linewidth=1)
@@ -325,8 +329,9 @@ def lines(row: dict[str, Any]) -> list[str]:
         f" {row['published_middle']:.3f}; the last {ratio('last')}, published {row['published_last']:.3f};"
         f" the lead {ratio('lead')}"
     )
-    if "overlap" in row:
-        out.append(f"{row['workload']:13} overlap_backward=True over off {ratio('overlap')}")
+    for kind, value in _OVERLAPS.items():
+        if kind in row:
+            out.append(f"{row['workload']:13} overlap_backward={value!r} over off {ratio(kind)}")
     if "host" in row:
         out.append(f"{row['workload']:13} gradient_offload='host' over none {ratio('host')}")
     return out

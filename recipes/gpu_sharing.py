@@ -2,8 +2,9 @@
 
 ``python -m recipes.gpu_sharing`` measures, for every workload and k,
 
-- ``easyscale``: k ESTs; ``easyscale_overlap``: the same with ``overlap_backward=True``; ``easyscale_inputs``: with
-  ``input_offload="host"``; ``easyscale_host``: with ``gradient_offload="host"`` (`tree` order), which includes it;
+- ``easyscale``: k ESTs; ``easyscale_overlap``: the same with ``overlap_backward=True``; ``easyscale_tail``: with
+  ``"tail"`` there; ``easyscale_inputs``: with ``input_offload="host"``; ``easyscale_host``: with
+  ``gradient_offload="host"`` (`tree` order), which includes it; ``easyscale_host_tail``: with both;
 - ``packing``: k stock DDP processes on the device, over gloo: NCCL refuses to share a device;
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` in one process: the work without ESTs.
 
@@ -53,7 +54,10 @@ from .est_overhead import PUBLISHED_MS
 SETTINGS = {"resnet50": (32, "32-true"), "shufflenetv2": (512, "32-true"), "bert": (8, "bf16-mixed")}
 """Workload -> batch size and precision at ``size=full``; the first two are the paper's. Others have their own."""
 
-KINDS = ("packing", "accumulate", "easyscale", "easyscale_overlap", "easyscale_inputs", "easyscale_host")
+KINDS = (
+    *("packing", "accumulate", "easyscale", "easyscale_overlap", "easyscale_tail"),
+    *("easyscale_inputs", "easyscale_host", "easyscale_host_tail"),
+)
 _MEMORY = ("device_mib", "allocated_mib", "reserved_mib")
 
 
@@ -225,7 +229,7 @@ class Sharing:
 
     def _side(self, name: str, k: int, kind: str) -> Side:
         workload = self._workloads[name]
-        host = kind == "easyscale_host"
+        host = kind.startswith("easyscale_host")
         return Side(
             kind=kind.partition("_")[0],
             model=name,
@@ -244,7 +248,7 @@ class Sharing:
             precision=self._precision(name),
             offload="host" if host else None,
             input_offload="host" if kind == "easyscale_inputs" else None,
-            overlaps=kind == "easyscale_overlap",
+            overlaps="tail" if kind.endswith("_tail") else kind == "easyscale_overlap",
             repeats=True,
             releases=True,
         )

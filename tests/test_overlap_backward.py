@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from lightning_easyscale import EasyScaleStrategy
 from lightning_easyscale import session as sessions
 from lightning_easyscale.kernels import build
 from lightning_easyscale.reduction import GradientReduce
+from lightning_easyscale.runtime.executor import Executor
 
 ESTS, STEPS = 3, 3
 
@@ -32,7 +34,7 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def switches(module: pl.LightningModule, *, overlap: bool, **options: Any) -> int:
+def switches(module: pl.LightningModule, *, overlap: bool | str, **options: Any) -> int:
     """How often the baton changed hands in a fit."""
     level = options.pop("determinism", "D1")
     pool = ["cpu", "h100"] if "D2" in level else None
@@ -61,7 +63,53 @@ def test_all_backwards_but_the_first_and_the_last_ests_are_overlapped(said: list
     plain, beside = (switches(Net(), overlap=overlap, **options) for overlap in (False, True))
     # Away, back for the rest of the backward, and on: two more than one.
     assert beside - plain == 2 * (ESTS - 1) * (STEPS - 1)
+    # One more is watched, to find out when there is room; where gradients accumulate there is at the end.
+    watched = 2 if accumulated == 1 else 1
+    assert switches(Net(), overlap="tail", **options) - plain == 2 * (ESTS - 1) * (STEPS - watched)
     assert not said
+
+
+def test_data_come_beside_a_backward_and_the_forward_after_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Noting(Net):
+        def on_train_batch_start(self, batch: Any, index: int) -> None:
+            seen.append("data")
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            seen.append("forward")
+            return super().training_step(batch, index)
+
+    def until(what: str) -> None:
+        deadline = time.monotonic() + 5
+        while seen[-1] != what:
+            assert time.monotonic() < deadline, f"no {what} beside a backward"
+            time.sleep(0.001)
+
+    begins, room, returns = Executor.step_aside, Executor.leave_room, Executor.come_back
+
+    def step_aside(self: Executor, rank: int, *, leaves_room: bool) -> bool:
+        assert not leaves_room
+        seen.append("backward")
+        return begins(self, rank, leaves_room=leaves_room)
+
+    def leave_room(self: Executor, rank: int) -> None:
+        until("data")
+        time.sleep(0.05)
+        seen.append("half")
+        room(self, rank)
+
+    def come_back(self: Executor, rank: int) -> None:
+        until("forward")
+        seen.append("end")
+        returns(self, rank)
+
+    for name, function in (("step_aside", step_aside), ("leave_room", leave_room), ("come_back", come_back)):
+        monkeypatch.setattr(Executor, name, function)
+    switches(Noting(), overlap="tail")
+    *step, last = seen[-(3 + 5 * (ESTS - 1)) :]
+    assert step == ["data", "forward", *["backward", "data", "half", "forward", "end"] * (ESTS - 1)]
+    assert last == "backward"  # of the last EST, with none left to run beside it
 
 
 def test_workspaces_are_given_back_while_no_est_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +118,7 @@ def test_workspaces_are_given_back_while_no_est_computes(monkeypatch: pytest.Mon
     switches(Net(), overlap=False)
     assert len(given_back) == ESTS * STEPS
     switches(Net(), overlap=True)
-    assert len(given_back) == ESTS * STEPS
+    assert len(given_back) == 2 * ESTS * STEPS
 
 
 def test_a_backward_that_calls_into_python_is_left_alone(said: list[str]) -> None:

@@ -57,6 +57,7 @@ ASKED: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
         r"`threads_per_est=0` is not .* HINT: give at least 1",
     ),
     "unknown offload": (trainer(of={"gradient_offload": "disk"}), ValueError, r"`gradient_offload='disk'` is unknown"),
+    "unknown overlap": (trainer(of={"overlap_backward": "head"}), ValueError, r"`overlap_backward='head'` is unknown"),
     "unknown place": (trainer(of={"input_offload": "disk"}), ValueError, r"`input_offload='disk'` is unknown"),
     "misspelled argument": (trainer(of={"num_est": 2}), TypeError, r"unexpected keyword argument 'num_est'"),
     "own reduction hook": (

@@ -11,8 +11,8 @@ accumulated), globally unused ones keep `.grad` as it is.
 At first every parameter has a hook. When all gradients have come in one backward, and none has to be told apart from
 the others, a hook on the last one of each group is left (`arrival`); a backward that brings less puts all back.
 
-What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs to a device and
-`join` are not done here: ESTs share parameters, and Lightning moves batches.
+What stock DDP does at construction (comparing shapes, broadcasting rank 0's states), moving inputs and `join` are not
+done here: ESTs share parameters, and Lightning moves batches.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class ESTDataParallel(nn.Module):
             self._refuse_unfinished()
         if self.require_forward_param_sync and self.broadcast_buffers:
             self._sync_buffers()
+        if self._overlap is not None:
+            self._overlap.await_room()
         # `torch.compile` asks which wrapper is at work, and splits graphs as for DDP.
         with DistributedDataParallel._inside_ddp_forward(self):  # type: ignore[arg-type]
             output = function(*inputs, **kwargs)
@@ -322,6 +324,8 @@ class ESTDataParallel(nn.Module):
             self._group_at = {max(members, key=place.__getitem__): number for number, members in enumerate(groups)}
             self._arrivals.group(groups)
             self._hooks.listen(self._group_at)
+            if self._overlap is not None:
+                self._overlap.know_order(order, GradientHooks(self._parameters_in_order, self._overlap.came))
 
     @property
     def _searches(self) -> bool:

@@ -53,6 +53,7 @@ class EST:
     finished: bool = True
     holds: bool = False  # the baton; not so for an EST that gave up waiting
     may_return: threading.Event = field(default_factory=threading.Event)  # after it has stepped aside
+    leaves_room: threading.Event = field(default_factory=threading.Event)  # for another's forward, while it is aside
 
     @property
     def can_run(self) -> bool:

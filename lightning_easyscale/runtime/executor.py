@@ -1,13 +1,12 @@
 """The executor: several ESTs in one process, one running at a time.
 
 Protocol. Every EST runs its function in a thread of its own (the lead, the lowest rank, on the caller's thread). The
-*baton* is the right to run; it passes only inside `Executor.meet` (an EST reaches a collective) and when an EST ends.
+*baton* is the right to run (`baton.py`); it passes where an EST waits, as in `Executor.meet` (it reaches a collective),
+and when an EST ends.
 
 Invariants:
 
-- Exactly one EST of an executor holds the baton at any time; process-wide state belongs to it (see `context.py`).
 - An EST that waits for a message lets the others run; only when none can does the executor wait for other executors.
-- One EST at most may have stepped aside: it goes on without the baton, in code that needs no process-wide state.
 - After a meeting the lead runs first, then the others in rank order. So at any time the lead is at least as far as
   every other EST, which is what lets a broadcast from rank 0 be served without waiting (`Executor.publish`). Only a
   collective of some ESTs can hold the lead back; where order matters the others then wait (`Executor.in_turn`).
@@ -19,17 +18,17 @@ from __future__ import annotations
 
 import contextvars
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .baton import Baton
 from .errors import CollectiveMismatch, ESTAborted, ESTHang, RemoteESTError
-from .est import BACKWARD, EST, Context, Meeting, mismatch, note, whereabouts
+from .est import Context, Meeting, mismatch, note
 from .messages import Mailbox
 from .peers import Peers
 
 
-class Executor:
+class Executor(Baton):
     """Hosts a contiguous range of ESTs and runs their functions in turns.
 
     Args:
@@ -38,7 +37,6 @@ class Executor:
         timeout: seconds an EST may wait for the others before the run is given up.
 
     Attributes:
-        switches: how often the baton went from one EST to another.
         meetings: how many rendezvous were completed here.
         mail: messages between ESTs.
         world_meetings: how many of them were of all ESTs of the job.
@@ -49,27 +47,15 @@ class Executor:
     """
 
     def __init__(self, contexts: Mapping[int, Context], peers: Peers, *, timeout: float) -> None:
-        self.ranks = tuple(sorted(contexts))
-        self.lead = self.ranks[0]
-        self.peers = peers
-        self.timeout = timeout
+        super().__init__(contexts, peers, timeout=timeout)
         self.stop_requested = self.snapshot_requested = False
         self.stop_agreed = False
         self.snapshots_agreed = 0
-        self.switches = self.meetings = self.world_meetings = 0
-        self.holder: int | None = None
-        self._ests = {rank: EST(rank, context) for rank, context in contexts.items()}
+        self.meetings = self.world_meetings = 0
         self._meetings: dict[Any, Meeting] = {}
         self._published: dict[Any, tuple[str, Any, set[int]]] = {}
         self.mail = Mailbox(self.ranks, peers.store)
         self._passed: dict[Any, int] = {}
-        self._aside: EST | None = None
-        self._failure: tuple[int, BaseException] | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether an EST of this executor has failed; all others are then on their way out."""
-        return self._failure is not None
 
     def run(self, functions: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
         """Run one function per hosted EST to its end.
@@ -218,156 +204,6 @@ class Executor:
             self._passed[key] = place + 1
         else:
             self._passed.pop(key, None)
-
-    def wait_until(self, rank: int, tag: str, ready: Callable[[], bool], *, outside: bool = False) -> None:
-        """Let the other ESTs run until something has come.
-
-        Args:
-            rank: the calling EST.
-            tag: what it waits for, for messages.
-            ready: whether it has come.
-            outside: whether another executor may bring it.
-        """
-        self._check_may_act()
-        if not ready():
-            self._wait(rank, Meeting((rank,), tag, ready=ready, outside=outside))
-
-    def let_others_run(self, rank: int, tag: str) -> None:
-        """Let every other EST of this executor that can run go on to where it waits.
-
-        Args:
-            rank: the calling EST.
-            tag: what it does, for messages.
-        """
-        self._check_may_act()
-        self._wait(rank, Meeting((rank,), tag, ready=lambda: True))
-
-    def await_aside(self, rank: int) -> None:
-        """Let an EST that has stepped aside end its backward: two that deposit gradients never run at a time."""
-        self._check_alive()
-        while (before := self._aside) is not None:
-            self._await_return(before)
-            self._wait(rank, Meeting((rank,), BACKWARD, ready=lambda: True), following=before.rank)
-
-    def step_aside(self, rank: int) -> bool:
-        """Let another EST run beside this one's backward, after `await_aside`.
-
-        Until `come_back` EST `rank` may only do what needs neither process-wide state nor the other ESTs. Returns
-        whether another EST runs now; if none can, this one keeps the baton.
-        """
-        self.await_aside(rank)
-        est = self._ests[rank]
-        if not any(other.can_run for other in self._ests.values() if other is not est):
-            return False
-        est.may_return.clear()
-        est.waiting_for = Meeting((rank,), BACKWARD, ready=est.may_return.is_set)
-        self._aside = est
-        self._pass_to(self._next_runnable(rank), leaving=rank)
-        return True
-
-    def come_back(self, rank: int) -> None:
-        """Wait for the baton after `step_aside` has given it away."""
-        est = self._ests[rank]
-        est.may_return.set()
-        try:
-            self._take_turn(rank)
-        finally:
-            est.waiting_for = self._aside = None
-
-    def _await_return(self, est: EST) -> None:
-        if not est.may_return.wait(self.timeout):
-            raise ESTHang(
-                f"EST {est.rank} was in {BACKWARD} for {self.timeout:.0f} s, and the others wait for it. HINT: look for"
-                " a blocking call there; if it is legitimately that slow, raise `timeout`."
-            )
-
-    def _wait(self, rank: int, meeting: Meeting, following: int | None = None) -> None:
-        est = self._ests[rank]
-        est.waiting_for = meeting
-        if following is None:
-            following = self._next_runnable(rank)
-        if following != rank:
-            self._pass_to(following, leaving=rank)
-            self._take_turn(rank)
-        est.waiting_for = None
-
-    def _check_may_act(self) -> None:
-        if self._aside is not None and self._aside.thread == threading.get_ident():
-            raise RuntimeError(
-                f"The backward of EST {self._aside.rank} calls a collective while another EST runs. HINT: its graph was"
-                " without one in the first step; set `overlap_backward=False`."
-            )
-        self._check_alive()
-
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise ESTAborted(f"EST {self._failure[0]} failed")
-
-    def _next_runnable(self, rank: int) -> int:
-        start = self.ranks.index(rank) + 1
-        order = self.ranks[start:] + self.ranks[:start]
-        began, pause = time.monotonic(), 1e-4
-        while True:
-            for candidate in order:
-                if self._ests[candidate].can_run:
-                    return candidate
-            if self._aside is not None:
-                self._await_return(self._aside)
-                continue
-            waits = [est.waiting_for for est in self._ests.values() if not est.finished]
-            if not any(wait is not None and wait.outside for wait in waits):
-                raise CollectiveMismatch(
-                    f"no EST can go on: {whereabouts(self._ests.values())}."
-                    " HINT: every rank has to call the same collectives the same number of times."
-                )
-            self.peers.raise_failure()
-            if time.monotonic() - began > self.timeout:
-                states = whereabouts(self._ests.values())
-                raise ESTHang(f"nothing came from the other executors in {self.timeout:.0f} s: {states}.")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
-
-    def _pass_to(self, rank: int, leaving: int | None = None) -> None:
-        if leaving is not None:
-            self._ests[leaving].context.leave()
-            self._ests[leaving].holds = False
-            self.switches += 1
-        self.holder = rank
-        self._ests[rank].gate.release()
-
-    def _take_turn(self, rank: int) -> None:
-        """Wait for the baton, then put this EST's state in force."""
-        est = self._ests[rank]
-        if not self._wait_for_baton(est):
-            wanted = est.waiting_for.tag if est.waiting_for is not None else "its turn"
-            raise ESTHang(
-                f"EST {rank} waited {self.timeout:.0f} s in `{wanted}`; EST {self.holder} holds the baton and did not"
-                " arrive. HINT: look for an endless loop or a blocking call there; if a step is legitimately that"
-                " slow, raise `timeout`."
-            )
-        est.holds = True
-        est.context.enter()
-        self._check_alive()
-
-    def _wait_for_baton(self, est: EST) -> bool:
-        """Whether the baton has come in time."""
-        while True:
-            try:
-                return est.gate.acquire(timeout=self.timeout)
-            except BaseException as error:
-                # A signal handler raised on the waiting main thread: end everyone, but only once we hold the baton.
-                if self._failure is not None:
-                    raise
-                self._failure = (est.rank, error)
-                if self.holder == est.rank:
-                    # It raised between the arrival of the baton and the return of `acquire`.
-                    est.gate.acquire(blocking=False)
-                    return True
-
-    def fail(self, rank: int, error: BaseException) -> None:
-        """An EST has failed; from here on all others are on their way out."""
-        if self._failure is None:
-            self._failure = (rank, error)
 
     def _end(self, rank: int) -> None:
         """This EST is done: hand the baton on; the lead waits for all others."""

@@ -10,23 +10,41 @@ So the first backward of an EST is not overlapped but watched: one that calls in
 user's hook, a forward that is computed again) is never overlapped. Later every `WATCHED`-th is watched too: if it has
 begun to call into Python, it may have done so in another EST's state. That is an error, as is a collective in any.
 
-The cost is memory: the activations of two ESTs at a time.
+The cost is memory: the activations of two ESTs at a time. With ``"tail"`` it is not: what comes before the next EST's
+forward (loading its data, hooks) runs beside the whole backward, the forward from the gradient on at which half of what
+the backward gives back has been given back. Which one that is, backwards that are watched tell.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .executor import Executor
+from .baton import Baton
 
 _OURS = __name__.partition(".")[0]
 WATCHED = 50
+_PLACES = (4, 5, 6, 7)  # eighths of the gradients, at which a forward may begin
+
+Overlap = bool | Literal["tail"]
+
+
+class Listener(Protocol):
+    """Hears of gradients: `reduction.hooks.GradientHooks`."""
+
+    def listen(self, indices: Collection[int]) -> None:
+        """Hear of these, and of no other."""
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """What is allocated on a device; 0 where nobody counts it."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 class BackwardOverlap:
@@ -35,17 +53,32 @@ class BackwardOverlap:
     Args:
         executor: hosts the EST.
         rank: of the EST.
+        alone: called at the start of each backward, when nobody computes.
         before: called before another EST runs.
         tell: called once with the reason if the EST's backwards cannot be overlapped.
+        allocated: how many bytes are in use; None: there is room for the forwards of others from the start.
     """
 
     def __init__(
-        self, executor: Executor, rank: int, *, before: Callable[[], None], tell: Callable[[str], None]
+        self,
+        executor: Baton,
+        rank: int,
+        *,
+        alone: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None],
+        allocated: Callable[[], int] | None = None,
     ) -> None:
         self._executor = executor
         self._rank = rank
+        self._alone = alone
         self._before = before
         self._tell = tell
+        self._allocated = allocated
+        self._listener: Listener | None = None
+        self._places: list[int] = []
+        self._measured = True
+        self._levels: list[tuple[int, int]] = []
         self._suits: bool | None = None
         self._since_watched = 0
         self._watch: _Watch | None = None
@@ -57,18 +90,48 @@ class BackwardOverlap:
         if loss.grad_fn is not None:
             self._handle = loss.grad_fn.register_prehook(self._engine_starts)
 
+    def await_room(self) -> None:
+        """A forward is about to run."""
+        self._executor.await_room()
+
+    def know_order(self, order: Sequence[int], listener: Listener) -> None:
+        """Gradients come in this order; `listener` tells `came` of them."""
+        if self._allocated is not None:
+            self._places = [order[len(order) * eighths // 8] for eighths in _PLACES]
+            self._listener, self._measured = listener, False
+
+    def came(self, index: int) -> None:
+        """A gradient that was listened to is there."""
+        if self._watch is not None and self._allocated is not None:
+            self._levels.append((index, self._allocated()))
+        elif self._aside:
+            self._executor.leave_room(self._rank)
+
     def _engine_starts(self, grads: Any) -> None:
         # Also where this EST stays alone: another one's graph may be of the other kind.
         self._executor.await_aside(self._rank)
+        self._alone()
         self._since_watched += 1
         if self._suits is False:
             return
-        if self._suits and self._since_watched < WATCHED:
+        if self._suits and self._measured and self._since_watched < WATCHED:
             self._before()
-            self._aside = self._executor.step_aside(self._rank)
+            self._aside = self._executor.step_aside(self._rank, leaves_room=self._allocated is None)
         elif sys.getprofile() is None:
             self._watch = _Watch(sys._getframe(1))
             sys.setprofile(self._watch)
+            if self._listener is not None and self._allocated is not None:
+                self._listener.listen(self._places)
+                self._levels = [(-1, self._allocated())]
+
+    def _measure(self) -> None:
+        """A backward that was watched has ended: find the gradient from which on there is room."""
+        if self._listener is None or self._allocated is None or not self._levels:
+            return
+        (_, start), *levels = self._levels
+        half = (start + self._allocated()) / 2
+        self._listener.listen([index for index, level in levels if level <= half][:1])
+        self._measured, self._levels = True, []
 
     def come_back(self) -> None:
         """The backward needs the process again, or has ended.
@@ -82,6 +145,7 @@ class BackwardOverlap:
         if self._watch is not None:
             sys.setprofile(None)
             called, self._watch = self._watch.called, None
+            self._measure()
             since, self._since_watched = self._since_watched, 0
             if called is not None and self._suits:
                 raise RuntimeError(

@@ -89,10 +89,9 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
     common = {"n": 4, "model": model, "reduction": reduction, "metrics": False}
     reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
     assert_equal(run(tmp_path, "one", processes=1, kind="easyscale", split=[4], **common), reference)
-    assert_equal(run(tmp_path, "beside", processes=1, kind="easyscale", split=[4], overlap=True, **common), reference)
-    assert_equal(
-        run(tmp_path, "waiting", processes=1, kind="easyscale", split=[4], offload="host", **common), reference
-    )
+    for option in ({"overlap": True}, {"overlap": "tail"}, {"offload": "host"}):
+        held = {"kind": "easyscale", "split": [4], **option}
+        assert_equal(run(tmp_path, f"one {option}", processes=1, **held, **common), reference)
     # 4 -> 3 + 1 -> 1 + 3, handed over in mid-epoch.
     ckpt = str(tmp_path / "moved.ckpt")
     common["kind"] = "easyscale"
@@ -106,16 +105,21 @@ def test_four_ests_on_one_gpu_equal_four_processes_after_every_move(tmp_path, mo
 def test_gradients_that_wait_in_host_memory_equal_four_processes(tmp_path, reduction):
     common = {"n": 4, "model": "transformer", "reduction": reduction}
     reference = run(tmp_path, "reference", processes=4, kind="ddp", **common)
-    for split, option in (([4], "offload"), ([3, 1], "offload"), ([4], "input_offload")):
-        held = {"kind": "easyscale", "split": split, option: "host"}
-        assert_equal(run(tmp_path, f"ours {split} {option}", processes=len(split), **held, **common), reference)
+    for split, options in (
+        ([4], {"offload": "host"}),
+        ([4], {"offload": "host", "overlap": "tail"}),
+        ([3, 1], {"offload": "host"}),
+        ([4], {"input_offload": "host"}),
+    ):
+        held = {"kind": "easyscale", "split": split, **options}
+        assert_equal(run(tmp_path, f"ours {split} {options}", processes=len(split), **held, **common), reference)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_mixed_precision_equals_stock(tmp_path, precision):
     common = {"n": 2, "model": "transformer", "precision": precision}
     reference = run(tmp_path, "reference", processes=2, kind="ddp", **common)
-    for overlap in (False, True):
+    for overlap in (False, True, "tail"):
         held = {"kind": "easyscale", "split": [2], "overlap": overlap}
         assert_equal(run(tmp_path, f"ours {overlap}", processes=1, **held, **common), reference)
 
@@ -154,7 +158,7 @@ def test_two_ests_of_a_workload_equal_stock_over_nccl(tmp_path, tmp_path_factory
     directory = prepare(workload, tmp_path_factory.getbasetemp() / "workloads")
     common = {"n": 2, "workload": workload, "directory": str(directory), "backend": "nccl", "steps": 5}
     reference = run(tmp_path, "reference", processes=2, share=False, kind="ddp", digest_at=[1, 5], **common)
-    for overlap in (False, True):
+    for overlap in (False, True, "tail"):
         held = {"kind": "easyscale", "split": [2], "digest_at": [1, 5], "overlap": overlap}
         assert_equal(run(tmp_path, f"one {overlap}", processes=1, **held, **common), reference)
 

@@ -60,7 +60,7 @@ DIMENSIONS: dict[str, list[Any]] = {
     "order": ["ddp", "tree"],
     "changes": [0, 1, 3],
     "job": list(range(4)),
-    "overlap": [False, True],
+    "overlap": [False, True, "tail"],
 }
 
 
@@ -96,7 +96,7 @@ def product() -> list[dict[str, Any]]:
         for placement in splits(n):
             case = {"n": n, "placement": placement, "order": order, "changes": changes}
             jobs = random.Random(case_id(case)).sample(range(12), 4)
-            cases += [{**case, "job": job, "overlap": i % 2 == 1} for i, job in enumerate(jobs)]
+            cases += [{**case, "job": job, "overlap": DIMENSIONS["overlap"][i % 3]} for i, job in enumerate(jobs)]
     return cases
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -112,6 +112,46 @@ def test_a_collective_while_aside_is_an_error() -> None:
         host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
 
 
+def test_a_forward_waits_until_a_backward_leaves_room() -> None:
+    host, order, prepared = executor(2), [], threading.Event()
+
+    def first() -> None:
+        for step in range(2):
+            assert host.step_aside(0, leaves_room=False)
+            assert prepared.wait(10), "nothing ran beside EST 0"
+            time.sleep(0.1)
+            order.append("half")
+            if step == 0:
+                host.leave_room(0)
+            # In the second step it never does, and its end does it.
+            host.come_back(0)
+            host.meet(0, step, "end", None, dict.fromkeys)
+
+    def second() -> None:
+        for step in range(2):
+            order.append("data")
+            prepared.set()
+            host.await_room()
+            order.append("forward")
+            host.await_aside(1)
+            host.meet(1, step, "end", None, dict.fromkeys)
+
+    host.run({0: first, 1: second})
+    assert order == ["data", "half", "forward"] * 2
+
+
+def test_a_backward_that_leaves_no_room_is_a_hang() -> None:
+    host, release = executor(2, timeout=0.3), threading.Event()
+
+    def first() -> None:
+        assert host.step_aside(0, leaves_room=False)
+        release.wait(1.5)
+        host.come_back(0)
+
+    with pytest.raises(ESTHang, match=r"EST 0 was in its backward for 0 s"):
+        host.run({0: first, 1: host.await_room})
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_beside_a_backward_ends_both(failing: int) -> None:
     host, started = executor(2), threading.Event()
@@ -173,7 +213,7 @@ def test_a_backward_that_is_not_overlapped_waits_for_one_that_is() -> None:
             host.meet(0, step, "end", None, dict.fromkeys)
 
     def second() -> None:
-        overlap = BackwardOverlap(host, 1, before=lambda: None, tell=lambda reason: None)
+        overlap = BackwardOverlap(host, 1, tell=lambda reason: None)
         for step in range(3):
             loss = Noted.apply(torch.ones(2, requires_grad=True)).sum()
             overlap.begin(loss)
@@ -220,7 +260,7 @@ def test_a_backward_that_begins_to_call_into_python_is_an_error(monkeypatch: pyt
 
     def est(rank: int) -> None:
         net = nn.Linear(3, 3)
-        overlap = BackwardOverlap(host, rank, before=lambda: None, tell=seen.append)
+        overlap = BackwardOverlap(host, rank, tell=seen.append)
         for step in range(9):
             x = torch.randn(4, 3, requires_grad=True)
             loss = Doubled.apply(net(x)).mean() if step > 3 else net(x).mean()
@@ -245,7 +285,7 @@ def test_the_first_backward_decides(kind: str) -> None:
 
     def est(rank: int) -> None:
         net = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.BatchNorm1d(3))
-        overlap = BackwardOverlap(host, rank, before=lambda: None, tell=said.append)
+        overlap = BackwardOverlap(host, rank, tell=said.append)
         for step in range(2):
             loss = make(net, torch.randn(4, 3, requires_grad=True))
             switches = host.switches
@@ -266,3 +306,61 @@ def test_the_first_backward_decides(kind: str) -> None:
         assert len(said) == 2
         assert reason in said[0]
         assert beside[1] == 0
+
+
+class Told:
+    """Which gradients are listened to."""
+
+    now: tuple[int, ...] = ()
+
+    def listen(self, indices: Collection[int]) -> None:
+        self.now = tuple(indices)
+
+
+@pytest.mark.parametrize(
+    ("levels", "listened"),
+    [
+        # At the start, with 4, 5, 6 and 7 eighths of the gradients, and at the end.
+        ((100, 40, 30, 20, 10, 0), (3,)),
+        ((100, 95, 80, 50, 10, 0), (1,)),
+        ((100, 95, 90, 80, 70, 0), ()),
+        # What is in use all the time does not count.
+        ((1100, 1060, 1040, 1020, 1010, 1000), (2,)),
+    ],
+)
+def test_a_forward_begins_where_half_of_the_memory_is_given_back(
+    levels: tuple[int, ...], listened: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlaps, "WATCHED", 4)
+    host, told, beside, alone = executor(2), Told(), [], []
+    order, now = [7, 6, 5, 4, 3, 2, 1, 0], iter(levels * 2)
+
+    def first() -> None:
+        overlap = BackwardOverlap(
+            host, 0, tell=beside.append, alone=lambda: alone.append(host.holder), allocated=lambda: next(now)
+        )
+        for step in range(8):
+            if step == 1:
+                overlap.know_order(order, told)
+            switches = host.switches
+            loss = torch.ones(2, requires_grad=True).square().sum()
+            overlap.begin(loss)
+            loss.backward()
+            for index in order:
+                if index in told.now:
+                    overlap.came(index)
+            overlap.end()
+            beside.append(host.switches > switches)
+            host.meet(0, step, "end", None, dict.fromkeys)
+
+    def second() -> None:
+        for step in range(8):
+            host.await_room()
+            host.await_aside(1)
+            host.meet(1, step, "end", None, dict.fromkeys)
+
+    host.run({0: first, 1: second})
+    assert told.now == listened
+    assert alone == [0] * 8
+    # Watched are the first backward, the first with a known order, and every fourth from there on.
+    assert beside == [False, False, True, True, True, False, True, True]
