@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from itertools import compress, repeat
+from itertools import compress, pairwise, repeat
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ from .lane import Pending
 from .layout import rebuilt_layout
 from .tree import TreeFold
 
-_SHORT = 4096  # elements
+# Elements from which on a gradient is scaled on its way into the flat buffer: copying first would go over it twice.
+_LONG = {"cpu": 1 << 12, "cuda": 1 << 22}
 # Where nothing is exchanged while backward goes on, smaller buckets are but more launches.
 _ALONE_CAP_MB = 100.0
 
@@ -180,8 +181,8 @@ class _Bucket(BucketForm):
     ) -> None:
         super().__init__(members, parameters)
         self.fold = TreeFold(ests, n, aside=aside)
-        # On a CPU, scaling after copying would go over long members twice.
-        self._scales_flat = self.device.type != "cpu" or self.numel < _SHORT * len(members)
+        long = _LONG.get(self.device.type, _LONG["cuda"])
+        self._runs = _runs([size >= long for size in self.sizes()])
         self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
 
@@ -214,18 +215,31 @@ class _Bucket(BucketForm):
     @torch.no_grad()
     def _scaled(self, grads: Sequence[Tensor | None], factor: float) -> Tensor:
         """The bucket's gradients, multiplied by a factor, in one flat tensor: few kernels, however many they are."""
-        if self.contiguous and self._scales_flat and not has_none(grads):
-            with below_autograd():
-                flat = _flatten_dense_tensors(grads)
-            # Of one gradient it is a view.
-            return flat.mul_(factor) if len(grads) > 1 else flat * factor
-        pieces = [
-            torch.zeros(size, dtype=self.dtype, device=self.device) if grad is None else self.flattened(slot, grad)
-            for slot, (grad, size) in enumerate(zip(grads, self.sizes(), strict=True))
-        ]
+        if has_none(grads):
+            grads = [
+                self.shaped(slot, torch.zeros(size, dtype=self.dtype, device=self.device)) if grad is None else grad
+                for slot, (grad, size) in enumerate(zip(grads, self.sizes(), strict=True))
+            ]
+        given: Sequence[Tensor] = grads  # type: ignore[assignment]
+        if len(self._runs) == 1 and len(given) > 1:
+            return self._together(self._runs[0], given).mul_(factor)
         flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-        if flat.is_cuda:
-            return torch.cat(pieces, out=flat).mul_(factor)
-        for part, piece in zip(flat.split(self.sizes()), pieces, strict=True):
-            torch.mul(piece, factor, out=part)
+        for run, part in zip(self._runs, flat.split([sum(self.sizes()[run]) for run in self._runs]), strict=True):
+            torch.mul(self._together(run, given[run]), factor, out=part)
         return flat
+
+    def _together(self, run: slice, grads: Sequence[Tensor]) -> Tensor:
+        """The gradients of neighbouring members in one flat tensor; that of a single one may be itself."""
+        if len(grads) == 1:
+            return self.flattened(run.start, grads[0])
+        if self.contiguous:
+            with below_autograd():
+                return _flatten_dense_tensors(grads)
+        return torch.cat([self.flattened(slot, grad) for slot, grad in enumerate(grads, run.start)])
+
+
+def _runs(long: Sequence[bool]) -> list[slice]:
+    """Slices of the long ones, each by itself, and of those between them."""
+    cuts = [i for i, own in enumerate(long) if own or (i and long[i - 1])]
+    bounds = sorted({0, *cuts, len(long)})
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
