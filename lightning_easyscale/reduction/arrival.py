@@ -51,6 +51,10 @@ class Arrivals:
     def end(self) -> None:
         """That backward is over."""
         self.begun = False
+        self.forget()
+
+    def forget(self) -> None:
+        """What was handed on belongs to others from here on, who may free it."""
         self._taken, self._left = [], []
 
     def final(self, number: int) -> list[Tensor] | None:

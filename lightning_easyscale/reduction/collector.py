@@ -215,10 +215,8 @@ class ESTDataParallel(nn.Module):
         return list(found.values()), list(found)
 
     def _sync_buffers(self) -> None:
-        groups = self._buffers_now()
-        if not groups or self._sync_buffers_from_est_0 is None:
-            return
-        self._sync_buffers_from_est_0(groups)
+        if (sync := self._sync_buffers_from_est_0) is not None and (groups := self._buffers_now()):
+            sync(groups)
 
     def _refuse_unfinished(self) -> None:
         if not self._ready:
@@ -301,6 +299,7 @@ class ESTDataParallel(nn.Module):
                 self._take_group(number)
         if (index := self._arrivals.disturbed()) is not None:
             raise self._came_twice(index)
+        self._arrivals.forget()
         taken, self._taken = self._taken, set()
         if len(taken) < len(groups):
             # The others may come with another backward.

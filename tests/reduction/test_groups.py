@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -175,6 +176,35 @@ def test_a_graph_that_saved_a_gradient_notices_that_it_was_reduced() -> None:
     told(model, model(torch.ones(2, 3)))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved[0].backward()
+
+
+def test_memory_of_gradients_that_wait_on_the_host_is_free_while_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
+    modules = [Two(), Two()]
+    held: list[list[bool]] = []
+    left: list[weakref.ref[Tensor]] = []
+
+    def meet(rank: int, work: Callable[[], None]) -> None:
+        held.append([grad() is not None for grad in left])
+        if rank == 1:
+            work()
+
+    def note(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        left.append(weakref.ref(parameter.grad))
+
+    for parameter in modules[0].parameters():
+        parameter.register_post_accumulate_grad_hook(note)
+    reduce = BucketGradients(RingReduction(Placement((2,)), 0, None, 2), offload="host", rendezvous=meet)
+    models = [ESTDataParallel(module, rank=r, n=2, reduce=reduce) for r, module in enumerate(modules)]
+    for _ in range(3):
+        for module in modules:
+            module.zero_grad()
+        left.clear()
+        for model in models:
+            told(model, model(torch.ones(2, 3)))
+    assert models[0]._arrivals.groups
+    assert held == [[False] * 4] * 6
 
 
 def test_gradients_in_one_memory_are_each_read_before_they_are_written() -> None:
