@@ -172,21 +172,29 @@ class LocalGradients:
         pieces: per EST, in rank order, each member's gradient in memory order, flat; or one tensor of all of them,
             which waits in host memory.
         scale: what a gradient is multiplied by before it is added; None if that was done.
+        holder: the position of the EST whose pieces the reduced gradients may overwrite.
 
     Attributes:
         apart: whether the first EST's wait in host memory.
-        results: where the reduced gradients are to go: the first EST's pieces, or, if those are apart, new ones.
+        results: where the reduced gradients are to go: the holder's pieces, or, if those are apart, new ones.
     """
 
-    def __init__(self, form: BucketForm, pieces: Sequence[list[Tensor] | Tensor], scale: float | None) -> None:
+    def __init__(
+        self,
+        form: BucketForm,
+        pieces: Sequence[list[Tensor] | Tensor],
+        scale: float | None,
+        *,
+        holder: int = 0,
+    ) -> None:
         self.form = form
         self.pieces = pieces
         self._scale = scale
-        first = pieces[0]
-        self.apart = isinstance(first, Tensor)
-        if isinstance(first, Tensor):
-            first = torch.empty(form.numel, dtype=form.dtype, device=form.device).split(form.sizes())
-        self.results = list(first)
+        self.apart = isinstance(pieces[0], Tensor)
+        results = pieces[holder]
+        if isinstance(results, Tensor):
+            results = list(torch.empty(form.numel, dtype=form.dtype, device=form.device).split(form.sizes()))
+        self.results = results
 
     @property
     def whole(self) -> slice:

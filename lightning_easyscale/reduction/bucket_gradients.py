@@ -7,7 +7,7 @@ reduction starts, beside the rest of that EST's backward; its sums replace the f
 DDP overwrites a rank's.
 
 Gradients may wait in host memory, a bucket in one piece, and come back beside that backward where it has given back the
-memory for it.
+memory for it. Their sums replace the last EST's, which are still on the device, and become the first one's.
 
 With private gradients the other ESTs get copies. Without, they are left without gradients.
 """
@@ -15,7 +15,7 @@ With private gradients the other ESTs get copies. Without, they are left without
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,11 +148,14 @@ class BucketGradients(GradientReduce):
     @torch.no_grad()
     def _start(self, number: int) -> None:
         form = self._forms[number]
-        pieces = [self._pieces(number, rank) for rank in self._ests]
+        lead = self._ests.start
+        holder = self._ests[-1] if number in self._waiting[lead] and not self.private_gradients else lead
+        pieces = [self._pieces(number, rank, holder) for rank in self._ests]
         given = [self._given.pop((rank, number), None) for rank in self._ests]
         if not has_none(given):
             self._in_place.add(number)
-        local = LocalGradients(form, pieces, None if self._as_view else 1.0 / self.n)
+        scale = None if self._as_view else 1.0 / self.n
+        local = LocalGradients(form, pieces, scale, holder=self._ests.index(holder))
         last = pieces[-1]
         if self._aside is None or isinstance(last, Tensor):
             self._started.append((local, self._reduction.start(number, local)))
@@ -165,14 +168,14 @@ class BucketGradients(GradientReduce):
                 finish()
         self._started.append((local, _nothing if early else finish))
 
-    def _pieces(self, number: int, rank: int) -> list[Tensor] | Tensor:
+    def _pieces(self, number: int, rank: int, holder: int) -> list[Tensor] | Tensor:
         form = self._forms[number]
         if number in self._waiting[rank]:
             return self._waiting[rank][number]
         grads = self._given.get((rank, number))
         if grads is not None:
             pieces = form.all_flattened(grads)
-            if rank != self._ests.start:
+            if rank != holder:
                 return pieces
             places = set(map(Tensor.data_ptr, pieces))
             if (
@@ -183,18 +186,18 @@ class BucketGradients(GradientReduce):
                 self._read |= places
                 return pieces
             del self._given[rank, number]
-        return [self._piece(form, rank, slot) for slot in range(len(form.members))]
+        return [self._piece(form, rank, slot, holds=rank == holder) for slot in range(len(form.members))]
 
-    def _piece(self, form: BucketForm, rank: int, slot: int) -> Tensor:
+    def _piece(self, form: BucketForm, rank: int, slot: int, *, holds: bool) -> Tensor:
         index = form.members[slot]
         parameter = self._parameters[rank][index]
         grad = parameter.grad
         if grad is None:
             return torch.zeros(parameter.numel(), dtype=form.dtype, device=form.device)
         flat = form.flattened(slot, grad)
-        # What it accumulated stays, if no EST has used it; and two gradients of the first EST may lie in one memory,
-        # where one's sum would be read as the other's gradient.
-        if rank == self._ests.start:
+        # Where sums overwrite it: what it accumulated stays, if no EST has used it; and two gradients may lie in one
+        # memory, where one's sum would be read as the other's gradient.
+        if holds:
             if flat.data_ptr() in self._read or (index in self._unsure[rank] and not self._as_view):
                 return flat.clone()
             self._read.add(flat.data_ptr())
@@ -208,13 +211,19 @@ class BucketGradients(GradientReduce):
 
     @torch.no_grad()
     def _let_wait(self, rank: int, aside: Aside) -> None:
-        """Move an EST's gradients to the host, where the first EST's results will not be: it gets new ones."""
+        """Move an EST's gradients to the host."""
+        # Of two in one memory the later one's sum overwrites the other's, as in stock DDP: they stay where they are.
+        places = [0 if p.grad is None else p.grad.data_ptr() for p in self._parameters[rank]]
+        twice = {place for place, times in Counter(places).items() if place and times > 1}
         for number in range(len(self._started), len(self._forms)):
-            form, given = self._forms[number], self._given.pop((rank, number), None)
+            form = self._forms[number]
+            if any(places[index] in twice for index in form.members):
+                continue
+            given = self._given.pop((rank, number), None)
             if given is not None:
                 pieces = form.all_flattened(given)
             else:
-                pieces = [self._piece(form, rank, slot) for slot in range(len(form.members))]
+                pieces = [self._piece(form, rank, slot, holds=False) for slot in range(len(form.members))]
             with aside.after(*pieces):
                 self._waiting[rank][number] = self._room.take_in(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
             for index in form.members:

@@ -15,6 +15,7 @@ from lightning_easyscale.reduction.arrival import Arrivals
 from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
 from lightning_easyscale.reduction.exchange import RingReduction
+from lightning_easyscale.reduction.host import Offload
 
 from .wrapping import Two, executor, hooks, listened, told, wrap
 
@@ -128,24 +129,6 @@ def test_sums_of_grouped_gradients_stay_where_autograd_put_the_first_ests(
     assert len({grad.data_ptr() for grad in grads}) == len(grads)
 
 
-def test_gradients_that_wait_on_the_host_are_freed_at_the_end_of_their_backward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
-    reduce = BucketGradients(RingReduction(Placement((2,)), 0, None, 2), offload="host")
-    modules = [Two(), Two()]
-    models = [ESTDataParallel(module, rank=r, n=2, reduce=reduce) for r, module in enumerate(modules)]
-    came: list[weakref.ref[Tensor]] = []
-    modules[0].a.weight.register_post_accumulate_grad_hook(lambda p: came.append(weakref.ref(p.grad)))
-    for _ in range(3):
-        for rank, model in enumerate(models):
-            modules[rank].zero_grad()
-            told(model, model(torch.ones(2, 3)))
-            assert rank or came[-1]() is None
-    assert [hooks(model) for model in models] == [1, 1]
-    assert modules[0].a.weight.grad.tolist() == [[2.0] * 3]
-
-
 def test_an_unused_gradient_goes_where_another_est_used_the_parameter() -> None:
     reduce = executor(2)
     modules = [Two(), Two()]
@@ -201,21 +184,89 @@ def test_memory_of_gradients_that_wait_on_the_host_is_free_while_they_wait(monke
         for module in modules:
             module.zero_grad()
         left.clear()
-        for model in models:
-            told(model, model(torch.ones(2, 3)))
-    assert models[0]._arrivals.groups
+        for rank, model in enumerate(models):
+            told(model, model(torch.ones(2, 3) * (rank + 1)))
+    assert [hooks(model) for model in models] == [1, 1]
     assert held == [[False] * 4] * 6
+    assert modules[0].a.weight.grad is not None
+    assert modules[0].a.weight.grad.tolist() == [[3.0] * 3]
+
+
+class Sum(nn.Module):
+    """Of which both gradients lie in one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor, which: str = "") -> Tensor:
+        return (self.one.view(-1) + self.other.view(-1)).mul(x.flatten()[:6]).sum()
+
+
+class Apart(Sum):
+    """Of which each has its own."""
+
+    def forward(self, x: Tensor, which: str = "") -> Tensor:
+        return (1 * self.one.view(-1) + 1 * self.other.view(-1)).mul(x.flatten()[:6]).sum()
+
+
+OPTIONS: list[dict[str, bool]] = [
+    {},
+    {"private_gradients": True},
+    {"find_unused_parameters": True},
+    {"static_graph": True},
+    {"gradient_as_bucket_view": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "".join(options) or "none")
+@pytest.mark.parametrize("kinds", [(Two, Two, Two), (Sum, Sum, Sum), (Apart, Apart, Sum)])
+def test_gradients_that_wait_on_the_host_have_the_bits_of_those_that_do_not(
+    options: dict[str, bool], kinds: tuple[type[nn.Module], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, generator = len(kinds), torch.Generator().manual_seed(1)
+    data = torch.randn(4, k, 5, 3, generator=generator)
+    unused = options.get("find_unused_parameters", False)
+
+    def train(offload: Offload) -> list[Tensor | None]:
+        reduction = RingReduction(Placement((k,)), 0, None, k)
+        reduce = BucketGradients(reduction, offload=offload, bucket_cap_mb=1e-5, **options)  # type: ignore[arg-type]
+        modules = [kind() for kind in kinds]
+        wrapping = {name: on for name, on in options.items() if name in ("find_unused_parameters", "static_graph")}
+        models = [wrap(module, reduce, r, **wrapping) for r, module in enumerate(modules)]
+        found: list[Tensor | None] = []
+        for step in range(4):
+            for rank, model in enumerate(models):
+                if not options.get("private_gradients"):
+                    modules[rank].zero_grad()
+                which = "a" if unused and (step, rank) != (2, 1) else "ab"
+                told(model, model(data[step, rank], which))
+            found += [None if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
+        return found
+
+    there = train(None)
+    monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
+    away = train("host")
+    assert [a is None for a in away] == [b is None for b in there]
+    assert all(torch.equal(a, b) for a, b in zip(away, there, strict=True) if a is not None and b is not None)
+
+
+def test_the_sum_of_gradients_that_waited_lies_in_the_last_ests_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
+    modules, places = [Two(), Two()], set()
+    reduce = BucketGradients(RingReduction(Placement((2,)), 0, None, 2), offload="host")
+    models = [ESTDataParallel(module, rank=r, n=2, reduce=reduce) for r, module in enumerate(modules)]
+    modules[1].a.weight.register_post_accumulate_grad_hook(lambda p: places.add(p.grad.data_ptr()))
+    for _ in range(3):
+        places.clear()
+        for module, model in zip(modules, models, strict=True):
+            module.zero_grad()
+            told(model, model(torch.ones(2, 3)))
+        assert modules[0].a.weight.grad is not None
+        assert {modules[0].a.weight.grad.data_ptr()} == places
 
 
 def test_gradients_in_one_memory_are_each_read_before_they_are_written() -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.other = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.one.view(-1) + self.other.view(-1)).mul(x).sum()
-
     modules = [Sum(), Sum(), Sum()]
     reduce = BucketGradients(RingReduction(Placement((3,)), 0, None, 3))
     models = [ESTDataParallel(module, rank=r, n=3, reduce=reduce) for r, module in enumerate(modules)]
