@@ -160,8 +160,10 @@ class BucketGradients(GradientReduce):
         if self._aside is None or isinstance(last, Tensor):
             self._started.append((local, self._reduction.start(number, local)))
             return
-        # What waits has gone there by then, and nobody has the results yet.
-        early = self._reduction.alone and local.apart and local.room <= self._aside.spare(form.device)
+        # What waits has gone there by then, and nobody has the results yet. The last EST's own gradients are looked at
+        # again at the end of its backward; only what came as a group may have been written to by then.
+        early = self._reduction.alone and local.apart and (holder == lead or given[-1] is not None)
+        early = early and local.room <= self._aside.spare(form.device)
         with self._aside.after(last[0]):
             finish = self._reduction.start(number, local)
             if early:

@@ -251,6 +251,40 @@ def test_gradients_that_wait_on_the_host_have_the_bits_of_those_that_do_not(
     assert all(torch.equal(a, b) for a, b in zip(away, there, strict=True) if a is not None and b is not None)
 
 
+def test_sums_that_come_early_do_not_look_like_gradients_that_came_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
+    monkeypatch.setattr(bucket_gradients.Aside, "spare", staticmethod(lambda device: 1 << 40))
+
+    class Odd(nn.Module):
+        """Of which one gradient is strided unlike its parameter, by a hook of the user's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.zeros(n, 3)) for n in (2, 1, 9))
+            self.a.register_post_accumulate_grad_hook(self.turn)
+
+        @staticmethod
+        def turn(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.t().contiguous().t()
+
+        def forward(self, x: Tensor, order: str) -> Tensor:
+            return sum(((x * self.get_parameter(name)).sum() for name in order), torch.zeros(()))
+
+    modules = [Odd(), Odd(), Odd()]
+    reduce = BucketGradients(RingReduction(Placement((3,)), 0, None, 3), offload="host", bucket_cap_mb=3e-5)
+    models = [ESTDataParallel(module, rank=r, n=3, reduce=reduce) for r, module in enumerate(modules)]
+    for step in range(4):
+        for rank, (module, model) in enumerate(zip(modules, models, strict=True)):
+            module.zero_grad()
+            # A backward goes from the end: the last EST comes to the second bucket first.
+            told(model, model(torch.ones(1, 3) * (1 + rank), "cab" if rank == 2 and step > 1 else "abc"))
+        for parameter in modules[0].parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.unique().tolist() == [2.0]
+    assert reduce.groups == [(2,), (1, 0)]
+
+
 def test_the_sum_of_gradients_that_waited_lies_in_the_last_ests_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
     modules, places = [Two(), Two()], set()
