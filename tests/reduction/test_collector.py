@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_easyscale.placement import Placement
+
 from .pool import Pool
 from .tasks import compositions
 from .training import STEPS, collected, stock
@@ -44,6 +46,21 @@ def test_collected_buckets_equal_stock_ddp(
 ) -> None:
     got = ours(pool, scenario, placement, order="ddp", announced=announced)
     assert got == expected(pool, sum(placement), scenario, "ddp")
+
+
+@pytest.mark.parametrize("announced", [False, True], ids=["untold", "told"])
+@pytest.mark.parametrize("placement", [(3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "aliased"])
+def test_buckets_that_wait_on_the_host_equal_stock_ddp(
+    pool: Pool, scenario: str, placement: tuple[int, ...], announced: bool
+) -> None:
+    reference = expected(pool, sum(placement), scenario, "ddp")
+    assert ours(pool, scenario, placement, order="ddp", announced=announced, waits=True) == reference
+    if scenario in ("plain", "hooked", "aliased"):
+        # Of each executor the first EST alone has gradients.
+        got = ours(pool, scenario, placement, order="ddp", announced=announced, waits=True, private=False)
+        for ests in Placement(placement).ranges:
+            assert got[ests.start] == reference[ests.start]
 
 
 @pytest.mark.parametrize("scenario", ["plain", "accumulate", "kept", "zeroed", "unused", "static", "aliased"])

@@ -15,7 +15,6 @@ from lightning_easyscale.reduction.arrival import Arrivals
 from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
 from lightning_easyscale.reduction.exchange import RingReduction
-from lightning_easyscale.reduction.host import Offload
 
 from .wrapping import Two, executor, hooks, listened, told, wrap
 
@@ -199,56 +198,31 @@ class Sum(nn.Module):
         super().__init__()
         self.one, self.other = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(6))
 
-    def forward(self, x: Tensor, which: str = "") -> Tensor:
-        return (self.one.view(-1) + self.other.view(-1)).mul(x.flatten()[:6]).sum()
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.one.view(-1) + self.other.view(-1)).mul(x).sum()
 
 
 class Apart(Sum):
     """Of which each has its own."""
 
-    def forward(self, x: Tensor, which: str = "") -> Tensor:
-        return (1 * self.one.view(-1) + 1 * self.other.view(-1)).mul(x.flatten()[:6]).sum()
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 * self.one.view(-1) + 1 * self.other.view(-1)).mul(x).sum()
 
 
-OPTIONS: list[dict[str, bool]] = [
-    {},
-    {"private_gradients": True},
-    {"find_unused_parameters": True},
-    {"static_graph": True},
-    {"gradient_as_bucket_view": True},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "".join(options) or "none")
-@pytest.mark.parametrize("kinds", [(Two, Two, Two), (Sum, Sum, Sum), (Apart, Apart, Sum)])
-def test_gradients_that_wait_on_the_host_have_the_bits_of_those_that_do_not(
-    options: dict[str, bool], kinds: tuple[type[nn.Module], ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    k, generator = len(kinds), torch.Generator().manual_seed(1)
-    data = torch.randn(4, k, 5, 3, generator=generator)
-    unused = options.get("find_unused_parameters", False)
-
-    def train(offload: Offload) -> list[Tensor | None]:
-        reduction = RingReduction(Placement((k,)), 0, None, k)
-        reduce = BucketGradients(reduction, offload=offload, bucket_cap_mb=1e-5, **options)  # type: ignore[arg-type]
-        modules = [kind() for kind in kinds]
-        wrapping = {name: on for name, on in options.items() if name in ("find_unused_parameters", "static_graph")}
-        models = [wrap(module, reduce, r, **wrapping) for r, module in enumerate(modules)]
-        found: list[Tensor | None] = []
-        for step in range(4):
-            for rank, model in enumerate(models):
-                if not options.get("private_gradients"):
-                    modules[rank].zero_grad()
-                which = "a" if unused and (step, rank) != (2, 1) else "ab"
-                told(model, model(data[step, rank], which))
-            found += [None if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
-        return found
-
-    there = train(None)
+def test_where_the_last_ests_gradients_lie_in_one_memory_sums_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True))
-    away = train("host")
-    assert [a is None for a in away] == [b is None for b in there]
-    assert all(torch.equal(a, b) for a, b in zip(away, there, strict=True) if a is not None and b is not None)
+    modules = [Apart(), Sum()]
+    reduce = BucketGradients(RingReduction(Placement((2,)), 0, None, 2), offload="host")
+    models = [ESTDataParallel(module, rank=r, n=2, reduce=reduce) for r, module in enumerate(modules)]
+    for _ in range(3):
+        for rank, (module, model) in enumerate(zip(modules, models, strict=True)):
+            module.zero_grad()
+            told(model, model(torch.full((6,), 1.0 + rank)))
+        one, other = (p.grad for p in modules[0].parameters())
+        assert one is not None
+        assert other is not None
+        assert one.flatten().tolist() == other.tolist() == [1.5] * 6
+        assert one.data_ptr() != other.data_ptr()
 
 
 def test_sums_that_come_early_do_not_look_like_gradients_that_came_twice(monkeypatch: pytest.MonkeyPatch) -> None:

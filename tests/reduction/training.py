@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_easyscale.placement import Placement
+from lightning_easyscale.reduction import bucket_gradients
 from lightning_easyscale.reduction.bucket_gradients import BucketGradients
 from lightning_easyscale.reduction.collector import ESTDataParallel
 from lightning_easyscale.reduction.exchange import RingReduction
 from lightning_easyscale.reduction.gradients import GradientReduce
 from lightning_easyscale.reduction.hook import ordered_allreduce_hook
+from lightning_easyscale.reduction.host import Offload
 from lightning_easyscale.reduction.tree_gradients import TreeGradients
 
 STEPS = 5
@@ -181,8 +184,30 @@ def collected(
     order: str = "tree",
     view: bool = False,
     announced: bool = False,
+    waits: bool = False,
+    private: bool = True,
 ) -> dict[int, list[str]]:
-    """The ESTs of one executor, run one after the other."""
+    """The ESTs of one executor, run one after the other; gradients wait on the host, or are the lead's alone."""
+    if waits:
+        with (
+            patch.object(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True)),
+            patch.object(bucket_gradients.Aside, "spare", staticmethod(lambda device: 1 << 40)),
+        ):
+            return _collected(group, executor, scenario, placement, order, view, announced, "host", private)
+    return _collected(group, executor, scenario, placement, order, view, announced, None, private)
+
+
+def _collected(
+    group: dist.ProcessGroup,
+    executor: int,
+    scenario: str,
+    placement: tuple[int, ...],
+    order: str,
+    view: bool,
+    announced: bool,
+    offload: Offload,
+    private: bool,
+) -> dict[int, list[str]]:
     where, physical = Placement(placement), group if group.size() > 1 else None
     gradients: GradientReduce
     if order == "tree":
@@ -190,7 +215,8 @@ def collected(
     else:
         gradients = BucketGradients(
             RingReduction(where, executor, physical, where.num_ests),
-            private_gradients=True,
+            private_gradients=private,
+            offload=offload,
             bucket_cap_mb=CAP_MB,
             find_unused_parameters=scenario == "unused",
             static_graph=scenario == "static",
@@ -208,6 +234,11 @@ def collected(
         )
         for rank in where.ranges[executor]
     }
+    if not private:
+        lead, *others = workers.values()
+        for other in others:
+            for theirs, own in zip(lead.parameters(), other.parameters(), strict=True):
+                own.data = theirs.data
     with torch.autograd.set_multithreading_enabled(False):
         seen = train(scenario, workers, announced)
     gradients.close()
