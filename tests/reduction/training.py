@@ -21,7 +21,6 @@ from lightning_easyscale.reduction.collector import ESTDataParallel
 from lightning_easyscale.reduction.exchange import RingReduction
 from lightning_easyscale.reduction.gradients import GradientReduce
 from lightning_easyscale.reduction.hook import ordered_allreduce_hook
-from lightning_easyscale.reduction.host import Offload
 from lightning_easyscale.reduction.tree_gradients import TreeGradients
 
 STEPS = 5
@@ -188,58 +187,42 @@ def collected(
     private: bool = True,
 ) -> dict[int, list[str]]:
     """The ESTs of one executor, run one after the other; gradients wait on the host, or are the lead's alone."""
-    if waits:
-        with (
-            patch.object(bucket_gradients.Aside, "serves", staticmethod(lambda tensor: True)),
-            patch.object(bucket_gradients.Aside, "spare", staticmethod(lambda device: 1 << 40)),
-        ):
-            return _collected(group, executor, scenario, placement, order, view, announced, "host", private)
-    return _collected(group, executor, scenario, placement, order, view, announced, None, private)
-
-
-def _collected(
-    group: dist.ProcessGroup,
-    executor: int,
-    scenario: str,
-    placement: tuple[int, ...],
-    order: str,
-    view: bool,
-    announced: bool,
-    offload: Offload,
-    private: bool,
-) -> dict[int, list[str]]:
-    where, physical = Placement(placement), group if group.size() > 1 else None
-    gradients: GradientReduce
-    if order == "tree":
-        gradients = TreeGradients(where, executor, physical, private_gradients=True, bucket_cap_mb=CAP_MB)
-    else:
-        gradients = BucketGradients(
-            RingReduction(where, executor, physical, where.num_ests),
-            private_gradients=private,
-            offload=offload,
-            bucket_cap_mb=CAP_MB,
-            find_unused_parameters=scenario == "unused",
-            static_graph=scenario == "static",
-            gradient_as_bucket_view=view,
-        )
-    workers: dict[int, nn.Module] = {
-        rank: ESTDataParallel(
-            build(scenario),
-            rank=rank,
-            n=where.num_ests,
-            reduce=gradients,
-            find_unused_parameters=scenario == "unused",
-            static_graph=scenario == "static",
-            broadcast_buffers=False,
-        )
-        for rank in where.ranges[executor]
-    }
-    if not private:
-        lead, *others = workers.values()
-        for other in others:
-            for theirs, own in zip(lead.parameters(), other.parameters(), strict=True):
-                own.data = theirs.data
-    with torch.autograd.set_multithreading_enabled(False):
-        seen = train(scenario, workers, announced)
-    gradients.close()
-    return seen
+    with contextlib.ExitStack() as patched:
+        if waits:
+            for name, value in (("serves", True), ("spare", 1 << 40)):
+                patched.enter_context(patch.object(bucket_gradients.Aside, name, staticmethod(lambda _, v=value: v)))
+        where, physical = Placement(placement), group if group.size() > 1 else None
+        gradients: GradientReduce
+        if order == "tree":
+            gradients = TreeGradients(where, executor, physical, private_gradients=True, bucket_cap_mb=CAP_MB)
+        else:
+            gradients = BucketGradients(
+                RingReduction(where, executor, physical, where.num_ests),
+                private_gradients=private,
+                offload="host" if waits else None,
+                bucket_cap_mb=CAP_MB,
+                find_unused_parameters=scenario == "unused",
+                static_graph=scenario == "static",
+                gradient_as_bucket_view=view,
+            )
+        workers: dict[int, nn.Module] = {
+            rank: ESTDataParallel(
+                build(scenario),
+                rank=rank,
+                n=where.num_ests,
+                reduce=gradients,
+                find_unused_parameters=scenario == "unused",
+                static_graph=scenario == "static",
+                broadcast_buffers=False,
+            )
+            for rank in where.ranges[executor]
+        }
+        if not private:
+            lead, *others = workers.values()
+            for other in others:
+                for theirs, own in zip(lead.parameters(), other.parameters(), strict=True):
+                    own.data = theirs.data
+        with torch.autograd.set_multithreading_enabled(False):
+            seen = train(scenario, workers, announced)
+        gradients.close()
+        return seen
