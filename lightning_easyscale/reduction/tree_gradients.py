@@ -183,6 +183,7 @@ class _Bucket(BucketForm):
         self.fold = TreeFold(ests, n, aside=aside)
         long = _LONG.get(self.device.type, _LONG["cuda"])
         self._runs = _runs([size >= long for size in self.sizes()])
+        self._lengths = [sum(self.sizes()[run]) for run in self._runs]
         self._taken: dict[int, dict[int, Tensor | None]] = {}
         self._early: dict[int, Tensor] = {}
 
@@ -224,7 +225,7 @@ class _Bucket(BucketForm):
         if len(self._runs) == 1 and len(given) > 1:
             return self._together(self._runs[0], given).mul_(factor)
         flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-        for run, part in zip(self._runs, flat.split([sum(self.sizes()[run]) for run in self._runs]), strict=True):
+        for run, part in zip(self._runs, flat.split(self._lengths), strict=True):
             torch.mul(self._together(run, given[run]), factor, out=part)
         return flat
 
