@@ -133,5 +133,5 @@ def check_arguments(num_ests: Any, reduction: Any, threads: Any, gradients: Any,
     for name, place in (("gradient_offload", gradients), ("input_offload", inputs)):
         if place not in (None, "host"):
             raise ValueError(f"`{name}={place!r}` is unknown. HINT: choose None or 'host'.")
-    if overlap not in (False, True, "tail"):
-        raise ValueError(f"`overlap_backward={overlap!r}` is unknown. HINT: choose False, True or 'tail'.")
+    if overlap not in (False, True, "auto", "tail"):
+        raise ValueError(f"`overlap_backward={overlap!r}` is unknown. HINT: choose False, True, 'auto' or 'tail'.")

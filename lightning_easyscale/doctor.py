@@ -145,8 +145,8 @@ def check_devices(types: Sequence[DeviceType], *, num_ests: int, built_for_cuda:
         cure = 'compare with stock DDP over gloo (`process_group_backend="gloo"`), or with `ordered_allreduce_hook`.'
         found.append(Finding((), what, cure))
     if cuda and num_ests > len(cuda):
-        what = f"{num_ests} ESTs share {len(cuda)} GPU(s); where a GPU waits for Python, it waits during every backward"
-        cure = '`overlap_backward="tail"`, or `True`, if the activations of two mini-batches fit (--overlap).'
+        what = f"{num_ests} ESTs share {len(cuda)} GPU(s), which may wait for Python during a part of every backward"
+        cure = "`overlap_backward=True` hides all of it, if the activations of two mini-batches fit (--overlap)."
         found.append(Finding((), what, cure))
     if not cuda and host_cpu().why_not:
         what = f"device types cannot be emulated: {host_cpu().why_not}"

@@ -46,7 +46,7 @@ from .runtime.errors import ESTAborted
 from .runtime.executor import Executor
 from .runtime.heap import share_heap
 from .runtime.kinship import Kinship
-from .runtime.overlap import BackwardOverlap, Overlap, bytes_in_use
+from .runtime.overlap import BackwardOverlap, Overlap, bytes_in_use, reached
 from .runtime.peers import Peers
 from .runtime.process_group import VirtualProcessGroup
 from .runtime.world import WorldState, install, set_world
@@ -170,7 +170,9 @@ class Session:
                 in_turn=self._wait_for_turn,
             )
         assert self.gradients is not None
-        overlap = None
+        overlap, device = None, next(module.parameters()).device
+        if overlaps == "auto" and (device.type != "cuda" or self.strategies[self.lead].policy == "portable"):
+            overlaps = False
         if overlaps and self.strategies[self.lead].policy == "portable":
             self._say_no_overlap(rank, "D2's portable kernels are started from Python")
         elif overlaps and len(self.ests) > 1:
@@ -180,7 +182,8 @@ class Session:
                 alone=self.gradients.free_workspaces,
                 before=partial(self.gradients.begin, rank),
                 tell=partial(self._say_no_overlap, rank),
-                allocated=partial(bytes_in_use, next(module.parameters()).device) if overlaps == "tail" else None,
+                allocated=None if overlaps is True else partial(bytes_in_use, device),
+                reached=partial(reached, device) if overlaps == "auto" else None,
             )
         return ESTDataParallel(
             module,

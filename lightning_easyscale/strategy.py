@@ -55,8 +55,8 @@ class EasyScaleStrategy(CheckpointStrategy):
         gradient_offload: ``"host"`` keeps what waits in pinned host memory: partial sums under the ``tree`` order,
             else gradients; and inputs, as the next does.
         input_offload: ``"host"`` keeps inputs of an MiB and more there, unless the user's hooks move them to a device.
-        overlap_backward: run backwards beside the next EST's forward, for the same bits in less time where Python is
-            the limit; True holds activations of two ESTs, ``"tail"`` of one, with less beside. See `runtime.overlap`.
+        overlap_backward: run backwards beside the next EST's forward: True holds activations of two ESTs, ``"tail"`` of
+            one, with less beside; ``"auto"``: ``"tail"`` on a GPU that waits for Python. See `runtime.overlap`.
         process_group_backend: backend between executors; default: gloo where the job uses CPUs, else NCCL.
         timeout: how long an EST waits for the others.
         start_method: ``"popen"`` (run the script again), ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -90,7 +90,7 @@ class EasyScaleStrategy(CheckpointStrategy):
         max_ests: Mapping[str, int] | None = None,
         gradient_offload: Literal["host"] | None = None,
         input_offload: Literal["host"] | None = None,
-        overlap_backward: bool | Literal["tail"] = False,
+        overlap_backward: bool | Literal["auto", "tail"] = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",

@@ -70,7 +70,7 @@ class Side:
     precision: str = "32-true"
     offload: str | None = None
     input_offload: str | None = None
-    overlaps: bool | str = False
+    overlaps: bool | str = "auto"
     repeats: bool = False
     slices: bool = False
     releases: bool = False

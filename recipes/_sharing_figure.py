@@ -40,21 +40,21 @@ PUBLISHED_S = {
 
 LABELS = {
     "easyscale": "EasyScale",
-    "easyscale_overlap": "EasyScale, backward beside forward",
-    "easyscale_tail": "EasyScale, backward's tail beside forward",
+    "easyscale_alone": "EasyScale, no backward beside forward",
+    "easyscale_overlap": "EasyScale, all of backward beside forward",
     "easyscale_inputs": "EasyScale, inputs on the host",
     "easyscale_host": "EasyScale, inputs and sums on the host",
-    "easyscale_host_tail": "EasyScale, on the host, with the tail beside",
+    "easyscale_host_alone": "EasyScale, on the host, no backward beside",
     "accumulate": "accumulation over k",
     "packing": "k DDP processes",
 }
 COLOURS = {
     "easyscale": "#0072B2",
+    "easyscale_alone": "#882255",
     "easyscale_overlap": "#CC79A7",
-    "easyscale_tail": "#882255",
     "easyscale_inputs": "#E69F00",
     "easyscale_host": "#56B4E9",
-    "easyscale_host_tail": "#332288",
+    "easyscale_host_alone": "#332288",
     "accumulate": "#009E73",
     "packing": "#D55E00",
 }

@@ -4,15 +4,16 @@
 of its own:
 
 - ``easyscale``: k ESTs in each of P processes (switching on);
+- ``alone``: the same with ``overlap_backward=False``;
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` (the same work without ESTs), for P = 1;
 - ``ddp``: stock DDP on P devices, one mini-batch a step;
 - ``host`` (default: on a GPU): the ESTs again with ``gradient_offload="host"``, in the `tree` order unless
   ``reduction`` names one; the `ddp` order keeps all gradients, where `tree` keeps sums;
-- ``overlap`` and ``tail`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True`` and ``"tail"``.
+- ``overlap`` (default: on a GPU, for P = 1): the ESTs again with ``overlap_backward=True``.
 
-Fig. 11 is the first over the second, and the last over it stands beside. Fig. 13 divides an executor's step into the
-times in which each EST had the baton: a middle EST's forward, backward and fold, and the last one's, which also
-completes the exchange; both beside a DDP worker's step. ``est_overhead.json``, ``est_overhead.csv`` and two figures go
+Fig. 11 is the ESTs over ``accumulate``. Fig. 13 divides the step of an executor of ``alone`` into the times in which
+each EST had the baton: a middle EST's forward, backward and fold, and the last one's, which also completes the
+exchange; both beside a DDP worker's step. ``est_overhead.json``, ``est_overhead.csv`` and two figures go
 into ``hydra.run.dir``, with the published ratios beside: absolute times are those of other hardware and are not
 compared. Each finished workload is kept at once; the same command with the same directory goes on where ``seconds``, or
 a time limit, has ended it.
@@ -84,10 +85,10 @@ class EstOverheadConf:
         ests: k, of each process.
         executors: P, processes with a device each.
         host: whether to run ``gradient_offload="host"`` too; default: on a GPU.
-        overlap: whether to run ``overlap_backward`` too, for one executor; default: on a GPU.
+        overlap: whether to run ``overlap_backward=True`` too, for one executor; default: on a GPU.
         blocks: timed blocks of each side.
         steps: optimizer steps of a block.
-        warmup: steps before the first.
+        warmup: steps before the first; in the first five ESTs find out when to overlap.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
         threads: CPU threads of each worker; default: what each side has by itself, which is a share of the CPUs for
             each EST, and for each process of the stock sides. Threads of an EST wait in a pool of their own, and where
@@ -108,7 +109,7 @@ class EstOverheadConf:
     overlap: Optional[bool] = None  # noqa: UP045
     blocks: int = 7
     steps: int = 3
-    warmup: int = 2
+    warmup: int = 6
     accelerator: str = "auto"
     threads: Optional[int] = None  # noqa: UP045
     reduction: str = "auto"
@@ -121,7 +122,7 @@ class EstOverheadConf:
 ConfigStore.instance().store(name="est_overhead_schema", node=EstOverheadConf)
 
 
-_OVERLAPS: dict[str, bool | str] = {"overlap": True, "tail": "tail"}
+_OVERLAPS = {"alone": False, "overlap": True}
 _ESTS = ("easyscale", "host", *_OVERLAPS)  # the sides that have them
 _RUN = ("plot_only", "seconds", "timeout_s", "workloads")  # what decides no row
 
@@ -177,11 +178,11 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
     suffix = "_full" if conf.size == "full" else ""
     composed = compose("learn", overrides=[f"workload={name}{suffix}", *conf.overrides]).workload
     workload: Any = OmegaConf.to_container(composed, resolve=True)
-    kinds = ["easyscale", *(["accumulate"] if conf.executors == 1 else []), "ddp"]
+    kinds = ["easyscale", "alone", *(["accumulate"] if conf.executors == 1 else []), "ddp"]
     if gpu if conf.host is None else conf.host:
         kinds.append("host")
     if conf.executors == 1 and (gpu if conf.overlap is None else conf.overlap):
-        kinds += _OVERLAPS
+        kinds.append("overlap")
     sides = {
         kind: Side(
             kind="easyscale" if kind in _ESTS else kind,
@@ -201,8 +202,8 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
             workload=workload,
             precision=conf.precision,
             offload="host" if kind == "host" else None,
-            overlaps=_OVERLAPS.get(kind, False),
-            slices=kind == "easyscale",
+            overlaps=_OVERLAPS.get(kind, "auto"),
+            slices=kind == "alone",
         )
         for kind in kinds
     }
@@ -219,15 +220,15 @@ def _row(conf: EstOverheadConf, name: str, gpu: bool, directory: Path, warm: War
         row |= _ratio("ratio", times["easyscale"], times["accumulate"])
         off, on = PUBLISHED_MS[name]
         row["published_ratio"] = on / off
-    parts = {part: [1e3 * s for s in _part(blocks["easyscale"], part)] for part in PARTS}
+        for kind in [kind for kind in _OVERLAPS if kind in times]:
+            row |= _ratio(kind, times[kind], times["accumulate"])
+    parts = {part: [1e3 * s for s in _part(blocks["alone"], part)] for part in PARTS}
     for part, published in zip(PARTS, (None, *PUBLISHED_PARTS_MS[name][1:]), strict=True):
         row |= {f"{part}_ms": statistics.median(parts[part]), **_ratio(part, parts[part], times["ddp"])}
         if published is not None:
             row[f"published_{part}"] = published / PUBLISHED_PARTS_MS[name][0]
     if "host" in times:
         row |= _ratio("host", times["host"], times["easyscale"])
-    for kind in _OVERLAPS.keys() & times.keys():
-        row |= _ratio(kind, times[kind], times["accumulate"])
     for kind, side in entries.items():
         row |= {f"{kind}_{key}_mib": side[-1][key] / 2**20 for key in ("allocated", "reserved") if key in side[-1]}
     return {**row, "blocks": blocks}
@@ -268,8 +269,8 @@ def draw(directory: Path, report: dict[str, Any]) -> None:
     bars: dict[str, list[tuple[str, str | None, str]]] = {
         "est_overhead": [
             ("ratio", "published_ratio", "switching on / off"),
-            ("overlap", None, "on, backward beside forward / off"),
-            ("tail", None, "on, its tail beside forward / off"),
+            ("alone", None, "on, no backward beside forward / off"),
+            ("overlap", None, "on, all of backward beside forward / off"),
         ],
         "est_parts": [
             ("middle", "published_middle", "middle EST / DDP worker"),

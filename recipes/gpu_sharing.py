@@ -2,9 +2,9 @@
 
 ``python -m recipes.gpu_sharing`` measures, for every workload and k,
 
-- ``easyscale``: k ESTs; ``easyscale_overlap``: the same with ``overlap_backward=True``; ``easyscale_tail``: with
-  ``"tail"`` there; ``easyscale_inputs``: with ``input_offload="host"``; ``easyscale_host``: with
-  ``gradient_offload="host"`` (`tree` order), which includes it; ``easyscale_host_tail``: with both;
+- ``easyscale``: k ESTs; ``easyscale_alone``: the same with ``overlap_backward=False``; ``easyscale_overlap``: with
+  ``True``; ``easyscale_inputs``: with ``input_offload="host"``; ``easyscale_host``: with ``gradient_offload="host"``
+  (`tree` order), which includes it; ``easyscale_host_alone``: with that and ``overlap_backward=False``;
 - ``packing``: k stock DDP processes on the device, over gloo: NCCL refuses to share a device;
 - ``accumulate``: stock Lightning with ``accumulate_grad_batches=k`` in one process: the work without ESTs.
 
@@ -55,8 +55,8 @@ SETTINGS = {"resnet50": (32, "32-true"), "shufflenetv2": (512, "32-true"), "bert
 """Workload -> batch size and precision at ``size=full``; the first two are the paper's. Others have their own."""
 
 KINDS = (
-    *("packing", "accumulate", "easyscale", "easyscale_overlap", "easyscale_tail"),
-    *("easyscale_inputs", "easyscale_host", "easyscale_host_tail"),
+    *("packing", "accumulate", "easyscale", "easyscale_alone", "easyscale_overlap"),
+    *("easyscale_inputs", "easyscale_host", "easyscale_host_alone"),
 )
 _MEMORY = ("device_mib", "allocated_mib", "reserved_mib")
 
@@ -73,7 +73,7 @@ class GpuSharingConf:
         overrides: further ones of every workload, as on the command line: ``workload.batch_size=2``.
         blocks: timed blocks of each kind.
         mini_batches: of a block, over all workers; at least k are run.
-        warmup: optimizer steps before the first block.
+        warmup: optimizer steps before the first block; in the first five ESTs find out when to overlap.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
         threads: CPU threads per process; default: all.
         seconds: do not begin another k when it would not end within so many seconds, judging by the last; default: all.
@@ -88,7 +88,7 @@ class GpuSharingConf:
     overrides: List[str] = field(default_factory=list)  # noqa: UP006
     blocks: int = 5
     mini_batches: int = 16
-    warmup: int = 3
+    warmup: int = 6
     accelerator: str = "auto"
     threads: Optional[int] = None  # noqa: UP045
     seconds: Optional[float] = None  # noqa: UP045
@@ -248,7 +248,7 @@ class Sharing:
             precision=self._precision(name),
             offload="host" if host else None,
             input_offload="host" if kind == "easyscale_inputs" else None,
-            overlaps="tail" if kind.endswith("_tail") else kind == "easyscale_overlap",
+            overlaps={"alone": False, "overlap": True}.get(kind.rpartition("_")[2], "auto"),
             repeats=True,
             releases=True,
         )

@@ -219,7 +219,7 @@ class Bench:
                 threads=self.threads,
                 reduction=reduction or self.conf.reduction,
                 directory=str(self.directory / "sides" / f"{name} {side}".replace(" ", "_")),
-                overlaps=side == "overlap",
+                overlaps=True if side == "overlap" else "auto",
                 snapshot_every=(snapshot_every or {}).get(side),
             )
             for side, (kind, workers, executors) in sides.items()

@@ -79,7 +79,7 @@ def test_gpus_of_two_types_break_d1():
 def test_overlap_is_suggested_where_ests_share_gpus():
     (shared,) = check_devices([H100], num_ests=2, built_for_cuda=True)
     assert "2 ESTs share 1 GPU(s)" in shared.what
-    assert '`overlap_backward="tail"`' in shared.cure
+    assert "`overlap_backward=True`" in shared.cure
     assert not shared.levels
 
 

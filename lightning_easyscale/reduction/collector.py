@@ -324,7 +324,7 @@ class ESTDataParallel(nn.Module):
             self._arrivals.group(groups)
             self._hooks.listen(self._group_at)
             if self._overlap is not None:
-                self._overlap.know_order(order, GradientHooks(self._parameters_in_order, self._overlap.came))
+                self._overlap.know_order(order, lambda came: GradientHooks(self._parameters_in_order, came))
 
     @property
     def _searches(self) -> bool:

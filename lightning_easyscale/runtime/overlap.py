@@ -6,20 +6,23 @@ the device at the same time. Both work on one stream, so the device does what it
 every EST computes the same bits.
 
 This holds as long as a backward runs no Python but the runtime's, which would find the process in another EST's state.
-So the first backward of an EST is not overlapped but watched: one that calls into Python (an `autograd.Function`, a
-user's hook, a forward that is computed again) is never overlapped. Later every `WATCHED`-th is watched too: if it has
-begun to call into Python, it may have done so in another EST's state. That is an error, as is a collective in any.
+So the first backward of an EST is watched before any is overlapped, and each one that is, is listened to
+(`engine_calls`): one that calls into Python (an `autograd.Function`, a user's hook, a forward that is computed again)
+gets the process back first, and from then on the EST's backwards are left alone. A collective that is not found in time
+is an error.
 
 The cost is memory: the activations of two ESTs at a time. With ``"tail"`` it is not: what comes before the next EST's
 forward (loading its data, hooks) runs beside the whole backward, the forward from the gradient on at which half of what
-the backward gives back has been given back. Which one that is, backwards that are watched tell.
+the backward gives back has been given back. Which one that is, every `MEASURED_EVERY`-th backward tells.
+
+There is nothing to gain where Python is ahead of the device. ``"auto"`` is ``"tail"`` if the device has ended a forward
+by the time at which its backward has been enqueued, in two of three backwards.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,12 +30,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .baton import Baton
+from .engine_calls import EngineCalls
 
-_OURS = __name__.partition(".")[0]
-WATCHED = 50
+MEASURED_EVERY = 50
 _PLACES = (4, 5, 6, 7)  # eighths of the gradients, at which a forward may begin
+_VOTES = 3
 
-Overlap = bool | Literal["tail"]
+Overlap = bool | Literal["auto", "tail"]
 
 
 class Listener(Protocol):
@@ -47,6 +51,13 @@ def bytes_in_use(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+def reached(device: torch.device) -> Callable[[], bool]:
+    """Tells whether a CUDA device has come to what its current stream has been given so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event.query
+
+
 class BackwardOverlap:
     """Lets the other ESTs of an executor run during the backwards of one.
 
@@ -57,6 +68,8 @@ class BackwardOverlap:
         before: called before another EST runs.
         tell: called once with the reason if the EST's backwards cannot be overlapped.
         allocated: how many bytes are in use; None: there is room for the forwards of others from the start.
+        reached: called with a forward enqueued, returns what tells whether the device has ended it; None: backwards are
+            overlapped whether the device waits for Python or not.
     """
 
     def __init__(
@@ -68,6 +81,7 @@ class BackwardOverlap:
         before: Callable[[], None] = lambda: None,
         tell: Callable[[str], None],
         allocated: Callable[[], int] | None = None,
+        reached: Callable[[], Callable[[], bool]] | None = None,
     ) -> None:
         self._executor = executor
         self._rank = rank
@@ -75,13 +89,16 @@ class BackwardOverlap:
         self._before = before
         self._tell = tell
         self._allocated = allocated
+        self._reached = reached
+        self._has_reached: Callable[[], bool] | None = None
+        self._votes: list[bool] = []
         self._listener: Listener | None = None
         self._places: list[int] = []
-        self._measured = True
         self._levels: list[tuple[int, int]] = []
+        self._since_measured = 0
         self._suits: bool | None = None
-        self._since_watched = 0
-        self._watch: _Watch | None = None
+        self._calls = EngineCalls(self._calls_python)
+        self._listens = False
         self._handle: RemovableHandle | None = None
         self._aside = False
 
@@ -94,68 +111,87 @@ class BackwardOverlap:
         """A forward is about to run."""
         self._executor.await_room()
 
-    def know_order(self, order: Sequence[int], listener: Listener) -> None:
-        """Gradients come in this order; `listener` tells `came` of them."""
+    def know_order(self, order: Sequence[int], make: Callable[[Callable[[int], None]], Listener]) -> None:
+        """Gradients come in this order; `make` makes what calls a function with those that it listens to."""
         if self._allocated is not None:
             self._places = [order[len(order) * eighths // 8] for eighths in _PLACES]
-            self._listener, self._measured = listener, False
+            self._listener, self._since_measured = make(self.came), MEASURED_EVERY
 
     def came(self, index: int) -> None:
         """A gradient that was listened to is there."""
-        if self._watch is not None and self._allocated is not None:
-            self._levels.append((index, self._allocated()))
-        elif self._aside:
+        if self._aside:
             self._executor.leave_room(self._rank)
+        elif self._levels and self._allocated is not None:
+            self._levels.append((index, self._allocated()))
 
     def _engine_starts(self, grads: Any) -> None:
         # Also where this EST stays alone: another one's graph may be of the other kind.
         self._executor.await_aside(self._rank)
         self._alone()
-        self._since_watched += 1
         if self._suits is False:
             return
-        if self._suits and self._measured and self._since_watched < WATCHED:
+        self._listens = self._calls.begin(sys._getframe(1))
+        if not self._listens:
+            return
+        self._since_measured += 1
+        if self._suits is None:
+            return
+        if self._reached is not None:
+            self._has_reached = self._reached()
+        if self._listener is not None and self._allocated is not None and self._since_measured > MEASURED_EVERY:
+            self._listener.listen(self._places)
+            self._levels = [(-1, self._allocated())]
+        elif self._reached is None:
             self._before()
             self._aside = self._executor.step_aside(self._rank, leaves_room=self._allocated is None)
-        elif sys.getprofile() is None:
-            self._watch = _Watch(sys._getframe(1))
-            sys.setprofile(self._watch)
-            if self._listener is not None and self._allocated is not None:
-                self._listener.listen(self._places)
-                self._levels = [(-1, self._allocated())]
+
+    def _calls_python(self, name: str) -> None:
+        """The backward is about to call a function of others, which needs the process."""
+        self._listens = False
+        self._leave_alone()
+        self._return()
+        self._tell(f"backward calls `{name}`")
+
+    def _leave_alone(self) -> None:
+        self._suits = False
+        if self._listener is not None:
+            self._listener.listen(())
+
+    def _return(self) -> None:
+        if self._aside:
+            self._aside = False
+            self._executor.come_back(self._rank)
 
     def _measure(self) -> None:
-        """A backward that was watched has ended: find the gradient from which on there is room."""
+        """Find the gradient from which on there is room, if this backward was measured."""
         if self._listener is None or self._allocated is None or not self._levels:
             return
         (_, start), *levels = self._levels
         half = (start + self._allocated()) / 2
         self._listener.listen([index for index, level in levels if level <= half][:1])
-        self._measured, self._levels = True, []
+        self._since_measured, self._levels = 0, []
+
+    def _vote(self) -> None:
+        """Whether the device waits for Python, after a backward that ran alone."""
+        if self._has_reached is None:
+            return
+        self._votes.append(self._has_reached())
+        self._has_reached = None
+        if len(self._votes) == _VOTES:
+            self._reached = None
+            if sum(self._votes) <= _VOTES // 2:
+                self._leave_alone()
 
     def come_back(self) -> None:
-        """The backward needs the process again, or has ended.
-
-        Raises:
-            RuntimeError: if it has begun to call into Python.
-        """
-        if self._aside:
-            self._aside = False
-            self._executor.come_back(self._rank)
-        if self._watch is not None:
-            sys.setprofile(None)
-            called, self._watch = self._watch.called, None
+        """The backward needs the process again, or has ended."""
+        if self._listens:
+            self._calls.end()
+            self._listens = False
+            if self._suits is None:
+                self._suits = True
             self._measure()
-            since, self._since_watched = self._since_watched, 0
-            if called is not None and self._suits:
-                raise RuntimeError(
-                    f"The backward of EST {self._rank} calls `{called}`, which it did not at first: in the last"
-                    f" {since} steps it may have done so in another EST's state, and with other bits. HINT: set"
-                    " `overlap_backward=False`, and go on from a checkpoint from before."
-                )
-            self._suits = called is None
-            if called is not None:
-                self._tell(f"backward calls `{called}`")
+            self._vote()
+        self._return()
 
     def end(self) -> None:
         """The backward has ended, or failed."""
@@ -163,21 +199,3 @@ class BackwardOverlap:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-class _Watch:
-    """A profile function that finds what a backward calls in Python, apart from the runtime's own hooks.
-
-    Args:
-        engine: the frame that called autograd's engine.
-    """
-
-    def __init__(self, engine: FrameType) -> None:
-        self._engine = engine
-        self.called: str | None = None
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_back is self._engine and self.called is None:
-            module = str(frame.f_globals.get("__name__"))
-            if module.partition(".")[0] != _OURS:
-                self.called = f"{module}.{frame.f_code.co_name}"

@@ -140,3 +140,17 @@ def test_d1_equals_stock_ddp_after_a_change(runs: Runs, where: str, order: str) 
     if reference.error is not None:
         raise RunFailedError(reference.error["traceback"])
     compare(reference, runs.elastic(JOB, config, [((2, 1), stop), ((3,), None)], order))
+
+
+@pytest.mark.parametrize("first", [(3,), (2, 1)])
+@pytest.mark.parametrize("order", ["ddp", "tree"])
+@pytest.mark.parametrize("overlap", [True, "tail"])
+def test_d1_equals_stock_ddp_where_backwards_begin_to_draw_numbers(
+    runs: Runs, overlap: bool | str, order: str, first: tuple[int, ...]
+) -> None:
+    config = {"seed": 4, "n": 3, "override": {"accumulate": 1, "dropout": 0.2, "noisy_gradients_from": 4}}
+    reference = runs.reference(JOB, config, 3, order)
+    if reference.error is not None:
+        raise RunFailedError(reference.error["traceback"])
+    stages = [(first, 7), ((3,), None)]
+    compare(reference, runs.elastic(JOB, config, stages, order, strategy={"overlap_backward": overlap}))

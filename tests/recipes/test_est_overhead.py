@@ -54,7 +54,7 @@ def test_published_ratios_are_those_of_the_paper():
 def test_each_side_has_the_threads_that_it_has_by_itself(options, orders, monkeypatch, tmp_path):
     def started(sides, warm, **_):
         assert {kind: side.threads for kind, side in sides.items()} == {
-            **dict.fromkeys(["easyscale", "host", "overlap", "tail"], 2),
+            **dict.fromkeys(["easyscale", "alone", "host", "overlap"], 2),
             **dict.fromkeys(["accumulate", "ddp"], 16),
         }
         assert [sides[kind].reduction for kind in ("easyscale", "host")] == orders
@@ -79,11 +79,11 @@ def test_one_workload_from_end_to_end(tmp_path):
     assert "neumf" in done.stdout
     report = json.loads((tmp_path / "est_overhead.json").read_text())
     (row,) = report["rows"]
-    assert min(row[name] for name in ("ratio", "lead", "middle", "last", "host", "overlap", "tail")) > 0
+    assert min(row[name] for name in ("ratio", "lead", "middle", "last", "host", "alone", "overlap")) > 0
     assert {kind: len(side) for kind, side in row["blocks"].items()} == dict.fromkeys(
-        ("easyscale", "accumulate", "ddp", "host", "overlap", "tail"), 2
+        ("easyscale", "alone", "accumulate", "ddp", "host", "overlap"), 2
     )
-    for block in row["blocks"]["easyscale"]:
+    for block in row["blocks"]["alone"]:
         # Two ESTs that share a step's time, and never hold the baton together.
         assert set(block["slices"]) == {"0", "1"}
         assert 0 < sum(block["slices"].values()) <= block["seconds"]

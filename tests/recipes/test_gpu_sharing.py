@@ -66,6 +66,23 @@ class Device:
         return {name: [memory, *blocks] for name in sides}
 
 
+def test_kinds_of_ests_differ_in_what_their_names_say(tmp_path):
+    sharing = Sharing(GpuSharingConf(workloads=["neumf"], size="small", accelerator="cpu"), tmp_path, None)
+    options = {}
+    for kind in KINDS:
+        if kind.startswith("easyscale"):
+            side = sharing._side("neumf", 2, kind)
+            options[kind] = (side.overlaps, side.input_offload, side.offload)
+    assert options == {
+        "easyscale": ("auto", None, None),
+        "easyscale_alone": (False, None, None),
+        "easyscale_overlap": (True, None, None),
+        "easyscale_inputs": ("auto", "host", None),
+        "easyscale_host": ("auto", None, "host"),
+        "easyscale_host_alone": (False, None, "host"),
+    }
+
+
 def test_cells_that_run_out_of_memory_say_so_and_stop_the_larger_ones(tmp_path, monkeypatch):
     device = Device()
     monkeypatch.setattr(gpu_sharing, "interleave", device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def _layers(draws: dict[str, Any]) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(size, 3))
 
 
+def _noisy(grad: Tensor) -> Tensor:
+    return grad + 0.1 * random.random() * torch.randn_like(grad)
+
+
 class RandomModel(LightningModule):
     def __init__(self, draws: dict[str, Any]) -> None:
         super().__init__()
@@ -88,6 +93,8 @@ class RandomModel(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         x, y = batch
         logits = self.net(x)
+        if self.global_step >= self.draws.get("noisy_gradients_from", math.inf):
+            logits.register_hook(_noisy)
         loss = F.cross_entropy(logits, y)
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("synced", loss, on_step=False, on_epoch=True, sync_dist=True)
