@@ -174,14 +174,14 @@ class Session:
         if overlaps == "auto" and (device.type != "cuda" or self.strategies[self.lead].policy == "portable"):
             overlaps = False
         if overlaps and self.strategies[self.lead].policy == "portable":
-            self._say_no_overlap(rank, "D2's portable kernels are started from Python")
+            self._say_of_lead(rank, "`overlap_backward` is left out: D2's portable kernels are started from Python")
         elif overlaps and len(self.ests) > 1:
             overlap = BackwardOverlap(
                 self.executor,
                 rank,
                 alone=self.gradients.free_workspaces,
                 before=partial(self.gradients.begin, rank),
-                tell=partial(self._say_no_overlap, rank),
+                tell=partial(self._say_of_lead, rank),
                 allocated=None if overlaps is True else partial(bytes_in_use, device),
                 reached=partial(reached, device) if overlaps == "auto" else None,
             )
@@ -195,9 +195,9 @@ class Session:
             **{name: value for name, value in options.items() if name != "gradient_as_bucket_view"},
         )
 
-    def _say_no_overlap(self, rank: int, reason: str) -> None:
+    def _say_of_lead(self, rank: int, text: str) -> None:
         if rank == self.lead:
-            rank_zero_info(f"EasyScale: `overlap_backward` is left out: {reason}.")
+            rank_zero_info(f"EasyScale: {text}.")
 
     def _wait_for_turn(self, rank: int) -> None:
         self._gradient_steps[rank] += 1

@@ -66,7 +66,7 @@ class BackwardOverlap:
         rank: of the EST.
         alone: called at the start of each backward, when nobody computes.
         before: called before another EST runs.
-        tell: called once with the reason if the EST's backwards cannot be overlapped.
+        tell: called once with what is found: why the EST's backwards are left alone, or that the device waits.
         allocated: how many bytes are in use; None: there is room for the forwards of others from the start.
         reached: called with a forward enqueued, returns what tells whether the device has ended it; None: backwards are
             overlapped whether the device waits for Python or not.
@@ -150,7 +150,7 @@ class BackwardOverlap:
         self._listens = False
         self._leave_alone()
         self._return()
-        self._tell(f"backward calls `{name}`")
+        self._tell(f"`overlap_backward` is left out: backward calls `{name}`")
 
     def _leave_alone(self) -> None:
         self._suits = False
@@ -179,7 +179,9 @@ class BackwardOverlap:
         self._has_reached = None
         if len(self._votes) == _VOTES:
             self._reached = None
-            if sum(self._votes) <= _VOTES // 2:
+            if sum(self._votes) > _VOTES // 2:
+                self._tell("the device waits for Python, so backwards run beside the next EST (`overlap_backward`)")
+            else:
                 self._leave_alone()
 
     def come_back(self) -> None:
