@@ -321,12 +321,8 @@ def test_what_ran_elsewhere_before_is_noticed_until_python_3_11(said: list[str])
             host.meet(rank, step, "end", None, dict.fromkeys)
 
     host.run({rank: lambda rank=rank: est(rank) for rank in range(2)})
-    expected = (
-        []
-        if sys.version_info >= (3, 12)
-        else [f"`overlap_backward` is left out: backward calls `{__name__}.ran_elsewhere`"] * 2
-    )
-    assert said == expected
+    noticed = f"`overlap_backward` is left out: backward calls `{__name__}.ran_elsewhere`"
+    assert said == ([] if sys.version_info >= (3, 12) else [noticed] * 2)
 
 
 def test_an_error_of_what_a_backward_calls_is_the_users(said: list[str]) -> None:
