@@ -131,7 +131,8 @@ class Cloner(dict):
                 return hook(self)
             reduce = copyreg.dispatch_table.get(type(value))
             recipe = reduce(value) if reduce else value.__reduce_ex__(4)
-            return value if isinstance(recipe, str) else self._rebuild(value, *recipe)
+            # Not as a method: to spread arguments over one takes C stack, of which Python 3.12 has little.
+            return value if isinstance(recipe, str) else Cloner._rebuild(self, value, *recipe)
         except (Refusal, RecursionError):
             raise
         except Exception as error:
