@@ -133,3 +133,17 @@ def test_portable_kernels_are_left_alone(said: list[str]) -> None:
     plain, beside = (switches(Net(), overlap=overlap, determinism="D1+D2") for overlap in (False, True))
     assert beside == plain
     assert said == ["EasyScale: `overlap_backward` is left out: D2's portable kernels are started from Python."]
+
+
+@pytest.mark.parametrize(
+    "level",
+    [
+        "D1",
+        pytest.param("D1+D2", marks=pytest.mark.skipif(bool(build.why_unavailable()), reason="no portable kernels")),
+    ],
+)
+def test_by_default_a_cpu_and_portable_kernels_are_left_alone_without_a_word(said: list[str], level: str) -> None:
+    plain, default = (switches(Net(), overlap=overlap, determinism=level) for overlap in (False, "auto"))
+    assert default == plain
+    assert said == []
+    assert EasyScaleStrategy()._overlap_backward == "auto"
